@@ -1,0 +1,126 @@
+"""What a person sees while a study runs: a line per stage, warnings as they come, one moving line on a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from hpsearch.cli.output import is_terminal, number, say
+from hpsearch.events import Finished, RangeMeasured, Returned, StageBegan, StageEnded
+from hpsearch.state import Entry, StudyState
+from hpsearch.trial import TrialState
+
+if TYPE_CHECKING:
+    from rich.status import Status
+
+PLAIN_EVERY_S = 10.0  # a line of progress where there is no terminal to redraw
+WARNINGS_SHOWN = 3
+
+STAGE_TITLES = {"lr_range": "LR range", "search": "search", "ensemble": "ensemble"}
+
+
+class Display:
+    """Follows a study's entries. Give it every entry once, in order."""
+
+    def __init__(self, state: StudyState, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._state = state
+        self._clock = clock
+        self._live: Status | None = None
+        self._last_line_at = clock()
+        self._n_diverged = 0
+        self._n_returned = 0
+
+    def __enter__(self) -> Display:
+        if is_terminal():
+            from rich.console import Console
+
+            self._live = Console(file=sys.stderr).status("starting the workers")
+            self._live.start()
+        else:
+            say("starting the workers")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, entries: Sequence[Entry]) -> None:
+        """Entries that the state has already."""
+        for entry in entries:
+            self._tell(entry)
+        line = self._progress()
+        if not line:
+            return
+        if self._live is not None:
+            self._live.update(line)
+        elif self._clock() - self._last_line_at > PLAIN_EVERY_S:
+            say(line)
+            self._last_line_at = self._clock()
+
+    def _tell(self, entry: Entry) -> None:
+        match entry.event:
+            case StageBegan(stage=stage):
+                say(f"{STAGE_TITLES.get(stage, stage)} …")
+            case StageEnded(stage="search"):
+                say(f"search: {self._progress()}")
+            case RangeMeasured() as measured:
+                say(_range_line(measured))
+            case Finished(outcome="diverged", trial=int()) as result:
+                self._n_diverged += 1
+                self._warn(self._n_diverged, "diverged", result)
+            case Finished(outcome="crashed" | "out_of_memory" as outcome) as result:
+                self._warn(1, outcome.replace("_", "-"), result)
+            case Returned(key=key, reason=reason):
+                self._n_returned += 1
+                if self._n_returned <= WARNINGS_SHOWN:
+                    say(f"note: {key} is given out again: {reason}")
+            case _:
+                pass
+
+    def _warn(self, nth: int, code: str, result: Finished) -> None:
+        if nth > WARNINGS_SHOWN:
+            return
+        if result.trial is None:
+            where = result.key
+        else:
+            trial = self._state.trials[result.trial]
+            config = ", ".join(f"{k}={number(v)}" for k, v in trial.config.items())
+            where = f"trial {trial.number} after epoch {trial.epoch} ({config})"
+        frame = f" at {result.frame}" if result.frame else ""
+        say(f"warning[{code}]: {where}: {result.message}{frame}")
+        if nth == WARNINGS_SHOWN:
+            say("  note: further ones are counted, not shown")
+
+    def _progress(self) -> str:
+        state = self._state
+        if not state.trials:
+            ramps = sum(1 for key in state.results if key.startswith(("ramp/", "probe/")))
+            return f"LR range: {ramps} ramps and probes done" if ramps else ""
+        counts = state.counts()
+        told = [f"{counts[s]} {s}" for s in TrialState if counts[s]]
+        best = state.best()
+        line = f"{len(state.trials)} trials: {', '.join(told)}"
+        if best is not None and best.best_metrics:
+            assert state.opened is not None
+            metric = state.opened.spec["metric"]
+            assert isinstance(metric, dict)
+            value = best.best_metrics.get(metric["name"])
+            line += f"; best {metric['name']} {number(value)} (trial {best.number}, epoch {best.best_epoch})"
+        return line
+
+
+def _range_line(measured: RangeMeasured) -> str:
+    branch = ", ".join(f"{k}={v}" for k, v in measured.branch.items()) or "all"
+    if measured.lr is None:
+        return f"warning[lr-range]: {branch}: no ramp gave a finite loss; the whole range is searched"
+    how = ", confirmed by probes" if measured.confirmed else ""
+    edge = "; the best lies at an edge of the range" if measured.at_edge else ""
+    return (
+        f"lr of {branch}: {number(measured.lr)}, searched in [{number(measured.low)}, {number(measured.high)}] "
+        f"(seeds differ by {measured.spread_decades:.2f} decades{how}{edge})"
+    )

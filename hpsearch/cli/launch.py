@@ -1,0 +1,293 @@
+"""`launch` and `lr-find`: run a study and say what it came to."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import click
+
+from hpsearch.assembly import STAGES, check_resume
+from hpsearch.cli.adapters import make_executor, make_sampler
+from hpsearch.cli.display import Display
+from hpsearch.cli.environment import environment
+from hpsearch.cli.output import json_option, print_json, say
+from hpsearch.cli.spec_verbs import SPACE
+from hpsearch.cli.verdict_text import lr_table, verdict_text
+from hpsearch.errors import HpsearchError, NotBuiltYet, UsageError
+from hpsearch.fleets import Fleet, Launch
+from hpsearch.journal import FILE_NAME, read_journal
+from hpsearch.rungs import rung_epochs
+from hpsearch.spec import Spec, read_spec
+from hpsearch.state import Entry, StudyState
+from hpsearch.verdict import epochs, lr_ranges, verdict
+
+
+@click.command("launch")
+@click.argument("space", type=SPACE)
+@click.option("--run-dir", type=click.Path(path_type=Path), default=None, help="Default: runs/<name>.")
+@click.option("--resume", is_flag=True, help="Go on with the study of the run directory; start where there is none.")
+@click.option("--workers", type=click.IntRange(min=1), default=None, help="Default: as many as the resources hold.")
+@click.option("--address", default=None, help="A running Ray cluster: auto, or host:port. Default: this machine.")
+@click.option("--fleet", type=click.Choice(["tune", "local"]), default="tune", show_default=True)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, dotted; repeatable.")
+@click.option("--tracking-uri", default=None, help="Instead of MLFLOW_TRACKING_URI.")
+@click.option("--skip-preflight", is_flag=True, help="Search without the checks (none are built yet).")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@json_option
+def launch(
+    space: Path,
+    run_dir: Path | None,
+    resume: bool,
+    workers: int | None,
+    address: str | None,
+    fleet: str,
+    overrides: tuple[str, ...],
+    tracking_uri: str | None,
+    skip_preflight: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """The whole study of SPACE, a space.yaml: LR range, search, ensemble, MLflow."""
+    started_at = time.monotonic()
+    spec = read_spec(space, overrides)
+    run_dir = run_dir or Path("runs") / spec.name
+    _check_address(address, fleet)
+    if dry_run:
+        _tell_plan(spec, run_dir, as_json)
+        return
+    _check_run_dir(run_dir, spec, resume)
+    run = _launch(spec, space, run_dir, STAGES)
+    session = Session(run, tracking_uri, started_at)
+    session.run(make_fleet(run, fleet, workers, address), again=_command_again(run_dir))
+    outcome = session.verdict()
+    if as_json:
+        print_json(outcome)
+    else:
+        click.echo(verdict_text(session.state, outcome, tracking_uri))
+
+
+@click.command("lr-find")
+@click.argument("space", type=SPACE)
+@click.option("--run-dir", type=click.Path(path_type=Path), default=None, help="Default: a new runs/<name>-lr-find.")
+@click.option("--workers", type=click.IntRange(min=1), default=None)
+@click.option("--address", default=None)
+@click.option("--fleet", type=click.Choice(["tune", "local"]), default="tune", show_default=True)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, dotted; repeatable.")
+@click.option("--tracking-uri", default=None, help="Instead of MLFLOW_TRACKING_URI.")
+@json_option
+def lr_find(
+    space: Path,
+    run_dir: Path | None,
+    workers: int | None,
+    address: str | None,
+    fleet: str,
+    overrides: tuple[str, ...],
+    tracking_uri: str | None,
+    as_json: bool,
+) -> None:
+    """The learning rates worth searching in each branch of SPACE."""
+    started_at = time.monotonic()
+    spec = read_spec(space, overrides)
+    _check_address(address, fleet)
+    run_dir = run_dir or _fresh(Path("runs") / f"{spec.name}-lr-find")
+    _check_run_dir(run_dir, spec, resume=False)
+    run = _launch(spec, space, run_dir, ("lr_range",))
+    session = Session(run, tracking_uri, started_at)
+    session.run(make_fleet(run, fleet, workers, address), again="")
+    plot = run_dir / "plots" / "lr_range.png"
+    if as_json:
+        print_json(
+            {
+                "study": spec.name,
+                "run_dir": str(run_dir),
+                "lr_range": lr_ranges(session.state),
+                "epochs": epochs(session.state)["lr_range"],
+                "wall_s": round(session.wall_s, 2),
+                "plot": str(plot) if plot.exists() else None,
+                "mlflow": dict(session.mlflow),
+            }
+        )
+    else:
+        click.echo(lr_table(session.state))
+        if plot.exists():
+            click.echo(f"plot: {plot}")
+
+
+class Session:
+    """One launch from its start to its verdict: fleet, display and tracker around one state."""
+
+    def __init__(self, run: Launch, tracking_uri: str | None, started_at: float) -> None:
+        from hpsearch.cli.tracking import Tracking
+
+        self.state = StudyState()
+        self.mlflow: dict[str, object] = {}
+        self._run = run
+        self._started_at = started_at
+        self._start_s = 0.0
+        self._tracking_s = 0.0
+        self._tracking = Tracking(run, tracking_uri)
+
+    @property
+    def wall_s(self) -> float:
+        return time.monotonic() - self._started_at
+
+    def run(self, fleet: Fleet, *, again: str) -> None:
+        """Run the study to its end, with MLflow told as it goes.
+
+        Args:
+            again: the command that goes on with an interrupted study, "" where there is none.
+        """
+        display = Display(self.state)
+
+        def watch(entries: Sequence[Entry]) -> None:
+            for entry in entries:
+                self.state.apply(entry.event, entry.time)
+                if not self._start_s and entry.event.type == "stage-began":
+                    self._start_s = self.wall_s
+            display.show(entries)
+
+        self._tracking.start()
+        try:
+            with display:
+                fleet.run(watch)
+        except BaseException as error:
+            closing = _in_thread(fleet.close)
+            self._tracking.close(self.state, timeout_s=5.0)
+            closing.join()
+            if isinstance(error, KeyboardInterrupt):
+                say("interrupted; what was finished is kept." + (f" Go on: {again}" if again else ""))
+            raise
+        closing = _in_thread(fleet.close)  # Ray takes seconds to go; MLflow is told meanwhile
+        tracking_began = time.monotonic()
+        self.mlflow = self._tracking.close(self.state)
+        self._tracking_s = time.monotonic() - tracking_began
+        closing.join()
+
+    def verdict(self) -> dict[str, object]:
+        """The object that `launch --json` ends with."""
+        return verdict(
+            self.state,
+            run_dir=str(self._run.run_dir),
+            wall_s=self.wall_s,
+            stages_s={"start": self._start_s, "tracking": self._tracking_s},
+            mlflow=self.mlflow,
+        )
+
+
+def make_fleet(run: Launch, fleet: str, workers: int | None, address: str | None) -> Fleet:
+    """The fleet that --fleet names."""
+    if fleet == "local":
+        from hpsearch.fleets.local import LocalFleet
+
+        return LocalFleet(run, workers=workers or 1)
+    from hpsearch.fleets.tune import TuneFleet
+
+    return TuneFleet(run, workers=workers, address=address)
+
+
+def _launch(spec: Spec, space: Path, run_dir: Path, stages: tuple[str, ...]) -> Launch:
+    folder = space.resolve().parent
+    return Launch(
+        run_dir=run_dir.resolve(),
+        spec=spec,
+        folder=folder,
+        make_sampler=make_sampler,
+        make_executor=make_executor,
+        spec_text=space.read_text(encoding="utf-8"),
+        environment=environment(folder),
+        stages=stages,
+    )
+
+
+def _check_address(address: str | None, fleet: str) -> None:
+    if address is not None and fleet == "local":
+        raise UsageError("--address names a Ray cluster, which --fleet local does not use", hint="leave one of them out")
+    if address is not None and address.startswith(("http://", "https://")):
+        raise NotBuiltYet(
+            "submitting a study as a Ray job (--address http://…) is not built yet",
+            hint="run hpsearch on the head node with --address auto",
+        )
+
+
+def _check_run_dir(run_dir: Path, spec: Spec, resume: bool) -> None:
+    """Tell at once what the study would find out only after Ray has started."""
+    if not (run_dir / FILE_NAME).exists():
+        return
+    opened = StudyState.of(read_journal(run_dir)).opened
+    if opened is None:
+        return
+    if opened.study != spec.name:
+        raise UsageError(
+            f"{run_dir} belongs to another study, {opened.study!r} (this one is {spec.name!r})",
+            hint="choose another --run-dir",
+        )
+    if not resume:
+        raise UsageError(
+            f"{run_dir} holds this study already", hint="add --resume to go on with it, or choose another --run-dir"
+        )
+    check_resume(Spec.from_dump(dict(opened.spec)), spec, run_dir)
+
+
+def _command_again(run_dir: Path) -> str:
+    """This command line with --resume; the run directory is named, whatever the working directory's default is."""
+    arguments = [a for a in sys.argv[1:] if a != "--resume"]
+    if not any(a.startswith("--run-dir") for a in arguments):
+        arguments += ["--run-dir", str(run_dir)]
+    return shlex.join(["hpsearch", *arguments, "--resume"])
+
+
+def _fresh(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3, … that is not there."""
+    candidates = (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in range(1, sys.maxsize))
+    return next(candidate for candidate in candidates if not candidate.exists())
+
+
+def _tell_plan(spec: Spec, run_dir: Path, as_json: bool) -> None:
+    stopping = spec.early_stopping
+    halving = stopping.enabled and stopping.type in ("asha", "sha")
+    rungs = rung_epochs(stopping.min_epochs, stopping.max_epochs, stopping.reduction_factor) if halving else ()
+    branches = [*spec.space.branches(spec.per)] if spec.measures_lr else []
+    plan = {
+        "study": spec.name,
+        "run_dir": str(run_dir),
+        "dry_run": True,
+        "trials": spec.search.trials,
+        "searched_parameters": spec.space.n_dims,
+        "rungs": [*rungs, stopping.max_epochs],
+        "epochs_without_stopping": spec.search.trials * stopping.max_epochs,
+        "epochs_expected": _expected_epochs(spec, rungs),
+        "ramps": len(branches) * spec.lr_range.seeds,
+        "branches": branches,
+    }
+    if as_json:
+        print_json(plan)
+        return
+    click.echo(f"{spec.name}: {plan['trials']} trials over {plan['searched_parameters']} searched parameters")
+    click.echo(f"LR range: {plan['ramps']} ramps of {spec.lr_range.steps} steps in {len(branches)} branches")
+    click.echo(f"rungs at epochs {', '.join(map(str, plan['rungs']))}")
+    click.echo(
+        f"epochs: about {plan['epochs_expected']:,} of {plan['epochs_without_stopping']:,} without early stopping"
+    )
+    click.echo(f"run directory: {run_dir}. Nothing was started.")
+
+
+def _expected_epochs(spec: Spec, rungs: tuple[int, ...]) -> int:
+    """Epochs of a synchronous halving over these rungs, with the end-game; asynchronously 10 to 20 % more."""
+    stopping, n = spec.early_stopping, spec.search.trials
+    total, before, entering = 0, 0, n
+    for rung in rungs:
+        total += entering * (rung - before)
+        before, entering = rung, entering // stopping.reduction_factor
+    finishing = max(entering, min(spec.ensemble.size if spec.ensemble.enabled else 1, n)) if rungs else n
+    return total + finishing * (stopping.max_epochs - before)
+
+
+def _in_thread(work: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread

@@ -1,0 +1,83 @@
+"""What the verbs print: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+
+import click
+
+
+def json_option(command: click.Command) -> click.Command:
+    """The `--json` flag that every verb has."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")(command)  # type: ignore[arg-type]
+
+
+def print_json(value: object) -> None:
+    """One JSON object to stdout; what JSON has no number for becomes null."""
+    click.echo(json.dumps(_finite(value), ensure_ascii=False))
+
+
+def say(message: str = "") -> None:
+    """A line for the person, to stderr."""
+    click.echo(message, err=True)
+
+
+def report_error(
+    message: str, exit_code: int, *, code: str, as_json: bool, hint: str = "", formatted: bool = False
+) -> None:
+    """An error to stderr; with --json as an object to stdout too, so that a script finds it where it looks."""
+    text = message if formatted else f"error[{code}]: {message}" + (f"\n  hint: {hint}" if hint else "")
+    say(text)
+    if as_json:
+        print_json({"error": {"code": code, "message": text, "exit_code": exit_code}})
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns, right-aligned but for the first and last, two spaces apart."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = []
+    for row in [header, *rows]:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        cells[-1] = row[-1]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def number(value: object) -> str:
+    """A number as people read it: four significant digits, exponents only where they help.
+
+    >>> [number(v) for v in (0.0273, 0.0081, 4.6e-6, 64, None, float("nan"))]
+    ['0.0273', '0.0081', '4.6e-06', '64', '–', 'nan']
+    """
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.4g}"
+
+
+def interval(value: object, bounds: object) -> str:
+    """A figure with its interval, where there is one: `0.975 [0.953, 0.987]`."""
+    if not isinstance(bounds, Mapping) or bounds.get("low") is None:
+        return number(value)
+    return f"{number(value)} [{number(bounds['low'])}, {number(bounds['high'])}]"
+
+
+def is_terminal() -> bool:
+    """Whether stderr is a person's terminal."""
+    return sys.stderr.isatty()
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return value

@@ -1,0 +1,98 @@
+"""The verdict as a person reads it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+
+from hpsearch.cli.output import interval, number, table
+from hpsearch.cli.run_verbs import counts_line
+from hpsearch.state import StudyState
+
+
+def verdict_text(state: StudyState, outcome: Mapping[str, object], tracking_uri: str | None) -> str:
+    """A short readable verdict: best trial, ensemble, test scores with intervals, MLflow, the next command."""
+    best, ensemble = _mapping(outcome["best"]), _mapping(outcome["ensemble"])
+    lines = [f"{outcome['study']}: {counts_line(state)} {outcome['wall_s']} s in all.", ""]
+    lines.append(_scores(best, ensemble))
+    if best:
+        config = ", ".join(f"{k}={number(v)}" for k, v in _mapping(best["config"]).items())
+        lines.append(f"trial {best['trial']}, epoch {best['epoch']}: {config}")
+    members = ensemble.get("members")
+    if isinstance(members, list) and len(members) > 1:
+        told = ", ".join(f"trial {m['trial']} × {m['weight']:.2f}" for m in members)
+        lines.append(f"ensemble: {told}")
+    lines += [_gain_line(_mapping(ensemble.get("gain"))), *_notes(state), ""]
+    lines += _mlflow_lines(_mapping(outcome["mlflow"]), str(outcome["run_dir"]), tracking_uri)
+    return "\n".join(line for line in lines if line is not None)
+
+
+def lr_table(state: StudyState) -> str:
+    """The measured ranges as a table."""
+    rows = []
+    for measured in state.ranges:
+        branch = ", ".join(f"{k}={v}" for k, v in measured.branch.items()) or "all"
+        notes = [*(["confirmed by probes"] if measured.confirmed else []), *(["at an edge"] if measured.at_edge else [])]
+        figures = [number(measured.lr), number(measured.low), number(measured.high), number(measured.spread_decades)]
+        rows.append([branch, *figures, ", ".join(notes)])
+    return table(["branch", "lr", "low", "high", "spread (decades)", ""], rows)
+
+
+def _scores(best: Mapping[str, object], ensemble: Mapping[str, object]) -> str:
+    """Best trial and ensemble, row by row; test columns carry their 95 % interval."""
+    rows, header = [], [""]
+    names = list(_mapping(best.get("val")))
+    has_test = bool(_mapping(best.get("test")))
+    header += [f"val {name}" for name in names] + ([f"test {name}" for name in names] if has_test else [])
+    members = ensemble.get("members")
+    n_members = len(members) if isinstance(members, list) else 0
+    sources = [(f"best trial, {best.get('trial')}", best)]
+    if n_members > 1:
+        sources.append((f"ensemble of {n_members}", ensemble))
+    for title, source in sources:
+        val, test, bounds = (_mapping(source.get(key)) for key in ("val", "test", "test_intervals"))
+        cells = [number(val.get(name)) for name in names]
+        if has_test:
+            cells += [interval(test.get(name), bounds.get(name)) for name in names]
+        rows.append([title, *cells])
+    text = table(header, rows)
+    return text + ("\n(95 % intervals; val ranked the trials, so its figures flatter)" if has_test else "\n(no test split)")
+
+
+def _gain_line(gain: Mapping[str, object]) -> str:
+    if gain.get("value") is None:
+        return "The ensemble was not compared on a test split."
+    word = {True: "better", False: "worse", None: "no difference that this test split can show"}
+    better = gain.get("better")
+    verdict = word[better if isinstance(better, bool) else None]
+    return f"ensemble − best trial, test {gain['metric']}: {interval(gain['value'], gain)}: {verdict}"
+
+
+def _notes(state: StudyState) -> list[str]:
+    """What a reader should know before trusting the best trial's config."""
+    diverged = [t for t in state.trials.values() if t.diverged and isinstance(t.config.get("lr"), float)]
+    notes = []
+    if diverged:
+        lowest = min(float(str(t.config["lr"])) for t in diverged)
+        notes.append(f"note: {len(diverged)} of {len(state.trials)} trials diverged, all with lr >= {number(lowest)}")
+    return notes
+
+
+def _mlflow_lines(mlflow: Mapping[str, object], run_dir: str, tracking_uri: str | None) -> list[str]:
+    if not mlflow.get("run_id"):
+        return [f"MLflow was out of reach; hpsearch sync {run_dir} sends what waits."]
+    uri = str(mlflow["tracking_uri"])
+    lines = [f"MLflow: {uri}, experiment {mlflow['experiment_id']}, run {mlflow['run_id']}"]
+    if not uri.startswith("http"):
+        lines.append(f"  open it:  mlflow ui --backend-store-uri {shlex.quote(uri)}")
+    if mlflow.get("model"):
+        where = f" --tracking-uri {shlex.quote(uri)}" if tracking_uri else ""
+        name, version, alias = mlflow["model"], mlflow["version"], mlflow.get("alias")
+        select = f"--alias {alias}" if alias else f"--version {version}"
+        lines.append(f"  model {name}, version {version}" + (f", alias {alias}" if alias else ""))
+        lines.append(f"  get it:   hpsearch pull {shlex.quote(str(name))} {select} --out {name}-model{where}")
+    return lines
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}

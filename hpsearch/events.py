@@ -1,0 +1,211 @@
+"""What can happen in a study: the vocabulary of its journal.
+
+Each event is a fact that was measured, drawn or decided, so that nothing has to be decided a second time when the
+journal is read again. What can be computed from these (a trial's state, the rungs, the verdict) is not an event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from hpsearch.job import Config, Outcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A driver took the study up: the first event, and one more for each resume."""
+
+    type: ClassVar[str] = "opened"
+    study: str
+    uid: str  # the same for the life of a study; tells two studies of one name apart
+    spec: Mapping[str, object]
+    spec_text: str
+    environment: Mapping[str, object] = field(default_factory=dict)  # versions, hardware, git commit, command line
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSeen:
+    """The first worker told what Task.data() gave; every later one must tell the same."""
+
+    type: ClassVar[str] = "data"
+    info: Mapping[str, object]  # job.DataInfo
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageBegan:
+    type: ClassVar[str] = "stage-began"
+    stage: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageEnded:
+    type: ClassVar[str] = "stage-ended"
+    stage: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RangeMeasured:
+    """The learning rates worth searching in one branch of the space."""
+
+    type: ClassVar[str] = "lr-range"
+    branch: Config
+    lr: float | None  # None: no ramp gave a finite loss; the user's own bounds are searched
+    low: float
+    high: float
+    spread_decades: float
+    at_edge: bool
+    confirmed: bool  # constant-rate probes were run
+    per_seed_lr: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialDrawn:
+    type: ClassVar[str] = "trial"
+    trial: int
+    config: Config
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leased:
+    """A job went to a worker. `trial` and `to_epoch` are told for training alone."""
+
+    type: ClassVar[str] = "leased"
+    key: str
+    worker: str
+    trial: int | None = None
+    from_epoch: int = 0
+    to_epoch: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Returned:
+    """A lease ended without a result: the worker was lost, or made no progress."""
+
+    type: ClassVar[str] = "returned"
+    key: str
+    worker: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A job's result, its blobs already on disk. `epochs` are (epoch, metrics, seconds)."""
+
+    type: ClassVar[str] = "finished"
+    key: str
+    worker: str
+    outcome: Outcome
+    trial: int | None = None
+    values: Mapping[str, object] = field(default_factory=dict)
+    epochs: tuple[tuple[int, dict[str, float], float], ...] = ()
+    message: str = ""
+    frame: str = ""
+    traceback: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stopped:
+    """A trial that cannot be paused was told to give its worker back."""
+
+    type: ClassVar[str] = "stopped"
+    trial: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selected:
+    """The ensemble that was chosen on the ensemble split."""
+
+    type: ClassVar[str] = "selected"
+    n_trials: int  # the study's size when it was chosen; a study that grew chooses again
+    best: int  # the best single trial by the study's metric
+    pool: tuple[int, ...]
+    members: tuple[tuple[int, float], ...]  # trial, weight
+    scores: tuple[float, ...] = ()  # on the ensemble split, after each round of the selection
+    single_score: float | None = None  # the best single candidate's on the same split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """Ensemble against best single trial on the test split: metric, value, low, high, better (None: undecided)."""
+
+    type: ClassVar[str] = "compared"
+    n_trials: int
+    gain: Mapping[str, object]
+    intervals: Mapping[str, object] = field(default_factory=dict)  # of the ensemble's and the best's own test scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """The driver let the study go."""
+
+    type: ClassVar[str] = "ended"
+    reason: str  # "done", "interrupted", "failed: …", "no usable trial"
+    message: str = ""
+
+
+Event = (
+    Opened
+    | DataSeen
+    | StageBegan
+    | StageEnded
+    | RangeMeasured
+    | TrialDrawn
+    | Leased
+    | Returned
+    | Finished
+    | Stopped
+    | Selected
+    | Compared
+    | Ended
+)
+
+EVENT_TYPES: dict[str, type[Event]] = {
+    cls.type: cls
+    for cls in (
+        Opened,
+        DataSeen,
+        StageBegan,
+        StageEnded,
+        RangeMeasured,
+        TrialDrawn,
+        Leased,
+        Returned,
+        Finished,
+        Stopped,
+        Selected,
+        Compared,
+        Ended,
+    )
+}
+
+
+def to_json(event: Event) -> dict[str, object]:
+    """The event as a JSON object; fields at their default are left out, which keeps the journal small."""
+    fields = type(event).__dataclass_fields__
+    body = {k: v for k, v in vars(event).items() if v or fields[k].default != v}
+    return {"type": event.type, **body}
+
+
+def from_json(body: Mapping[str, object]) -> Event:
+    """The event that `to_json` wrote.
+
+    Raises:
+        ValueError: the type is unknown, or its fields are not those of this version.
+    """
+    fields = dict(body)
+    cls = EVENT_TYPES.get(str(fields.pop("type", "")))
+    if cls is None:
+        raise ValueError(f"an event of type {body.get('type')!r} is not known to this version")
+    for name in ("epochs", "members", "pool", "scores", "per_seed_lr"):
+        if name in fields and name in cls.__dataclass_fields__:
+            rows = fields[name]
+            assert isinstance(rows, list)
+            fields[name] = tuple(tuple(row) if isinstance(row, list) else row for row in rows)
+    try:
+        return cls(**fields)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ValueError(f"an event of type {cls.type!r} has other fields than this version's: {error}") from None

@@ -1,0 +1,321 @@
+"""TuneFleet: Ray Tune hosts the workers. The only module that imports ray.
+
+A Tune trial is a worker, not a config: Tune places it, restarts it when its process or node dies, and asks the autoscaler
+for nodes; it pulls its jobs from the study, an actor pinned to the driver's node. How Tune is held, each tried: the trainable
+is a function, since a class is checkpointed at its end and then wants a shared filesystem; `fit` runs in a thread without
+Tune's signal handler, since it would swallow Ctrl-C; a Stopper that reads the study ends it, also with workers pending.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hpsearch.errors import ClusterError, HpsearchError, UsageError
+from hpsearch.fleets import Launch, Watch
+from hpsearch.job import Assignment, DataInfo, Result
+from hpsearch.journal import JournalTail
+from hpsearch.worker import LooksAhead, Worker, internal_error
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+LOOK_EVERY_S = 0.03  # at the journal
+PING_EVERY_S = 2.0  # whether the study's process is alive
+STOP_S = 10.0  # that a stopped study may take to keep what was pushed
+
+
+class TuneFleet:
+    """A fleet of Ray workers: on this machine, or on the cluster at an address."""
+
+    def __init__(self, launch: Launch, *, workers: int | None = None, address: str | None = None) -> None:
+        """
+        Args:
+            workers: how many; None: as many as the cluster's cores (or GPUs) hold.
+            address: of a running cluster ("auto", "host:port", "ray://host:port"); None: a cluster of our own.
+        """
+        self._launch = launch
+        self._n_workers = workers
+        self._address = address
+        self._ended = threading.Event()
+        self._fit: threading.Thread | None = None
+        self._fit_error: BaseException | None = None
+        self._scratch = tempfile.mkdtemp(prefix="hpsearch-tune-")
+        self._study: ActorHandle[StudyActor] | None = None
+        self._connected = False
+
+    def run(self, watch: Watch) -> None:
+        import ray
+
+        self._connect()
+        tail = JournalTail(self._launch.run_dir)
+        name, namespace = f"study-{uuid.uuid4().hex}", "hpsearch"
+        n_workers = self._n_workers or self._room()
+        self._check_resources()
+        self._study = (
+            ray.remote(StudyActor)
+            .options(
+                name=name,
+                namespace=namespace,
+                num_cpus=0,
+                max_concurrency=2 * n_workers + 8,
+                scheduling_strategy=_this_node(),
+            )
+            .remote(self._launch)
+        )
+        try:
+            self._fit = threading.Thread(target=self._host, args=(n_workers, name, namespace), name="tune", daemon=True)
+            self._fit.start()
+            _get(self._study.ready.remote())
+            self._follow(tail, watch)
+        except KeyboardInterrupt:
+            _get(self._study.stop.remote("interrupted"), timeout_s=STOP_S)
+            raise
+        finally:
+            self._ended.set()
+            try:
+                failure = _get(self._study.close.remote(), timeout_s=STOP_S)
+            except HpsearchError as error:
+                failure = error
+            watch(list(tail.new_entries()))
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        """End the workers, leave the cluster; a cluster of our own ends with it."""
+        import ray
+
+        self._ended.set()
+        if self._fit is not None:
+            self._fit.join(timeout=STOP_S)
+        if self._study is not None and self._connected:
+            ray.kill(self._study)
+        if self._connected:
+            ray.shutdown()
+            self._connected = False
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _connect(self) -> None:
+        for key, value in QUIET.items():
+            os.environ.setdefault(key, value)
+        import ray
+
+        # With no address a cluster of our own, or ray would join any that it finds on this host.
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "hpsearch"}
+        if self._address is None:
+            options |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        else:
+            options |= {"address": self._address}
+        try:
+            ray.init(**options)
+        except (ConnectionError, ValueError, RuntimeError, TimeoutError, OSError) as error:
+            where = f"at {self._address}" if self._address else "on this machine"
+            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ClusterError(
+                f"Ray cannot be reached {where}: {first_line}",
+                hint="start the cluster (ray up cluster.yaml), or leave out --address to work on this machine",
+            ) from None
+        self._connected = True
+        for name in ("ray", "ray.tune", "ray.train", "ray.data"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+    def _room(self) -> int:
+        """Workers that the cluster can hold now; at least one, which may wait for a node."""
+        import ray
+
+        have, resources = ray.cluster_resources(), self._launch.spec.resources
+        room = int(have.get("CPU", 0) // max(resources.cpus, 1e-9))
+        if resources.gpus:
+            room = min(room, int(have.get("GPU", 0) / resources.gpus))
+        return max(1, room)
+
+    def _check_resources(self) -> None:
+        """Refuse what one machine can never give; a cluster may bring a node for it."""
+        import ray
+
+        if self._address is not None:
+            return
+        have, resources = ray.cluster_resources(), self._launch.spec.resources
+        for name, asked in (("CPU", resources.cpus), ("GPU", resources.gpus)):
+            if asked > have.get(name, 0):
+                raise UsageError(
+                    f"a worker asks for {asked:g} {name}, this machine has {have.get(name, 0):g}",
+                    hint=f"lower resources.{name.lower()}s in space.yaml, or name a cluster with --address",
+                )
+
+    def _host(self, n_workers: int, study: str, namespace: str) -> None:
+        """Have Tune keep the workers alive until the study has ended; runs in a thread of its own."""
+        from ray import tune
+
+        resources, ended, launch = self._launch.spec.resources, self._ended, self._launch
+
+        class StudyEnded(tune.Stopper):
+            def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+                return False
+
+            def stop_all(self) -> bool:
+                return ended.is_set()
+
+        def work(config: dict[str, Any]) -> None:
+            work_for(study, namespace, launch, f"worker-{config['worker']}")
+
+        try:
+            tune.Tuner(
+                tune.with_resources(work, {"cpu": resources.cpus, "gpu": resources.gpus}),
+                param_space={"worker": tune.grid_search(list(range(n_workers)))},  # one Tune trial per worker
+                tune_config=tune.TuneConfig(reuse_actors=False),
+                run_config=tune.RunConfig(
+                    name="workers",
+                    storage_path=self._scratch,
+                    verbose=0,
+                    stop=StudyEnded(),
+                    failure_config=tune.FailureConfig(max_failures=-1),
+                ),
+            ).fit()
+        except BaseException as error:
+            self._fit_error = error
+
+    def _follow(self, tail: JournalTail, watch: Watch) -> None:
+        assert self._study is not None and self._fit is not None
+        pinged = time.monotonic()
+        while True:
+            entries = list(tail.new_entries())
+            watch(entries)
+            if any(entry.event.type == "ended" for entry in entries):
+                return
+            if not self._fit.is_alive():
+                raise ClusterError(
+                    f"Ray Tune gave up hosting the workers: {self._fit_error or 'all of them returned'}",
+                    hint="hpsearch launch --resume goes on from here",
+                )
+            if time.monotonic() - pinged > PING_EVERY_S:
+                _get(self._study.ready.remote(), timeout_s=60.0)
+                pinged = time.monotonic()
+            time.sleep(LOOK_EVERY_S)
+
+
+class StudyActor:
+    """The study in a process of its own: the same methods, opened from a launch."""
+
+    def __init__(self, launch: Launch) -> None:
+        self._error: HpsearchError | None = None
+        try:
+            self._study = launch.open_study(background=True)
+        except HpsearchError as error:  # raised from `ready`, where the driver can tell it from a lost actor
+            self._error = error
+        except Exception as error:
+            self._error = internal_error(error)
+
+    def ready(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def hello(self, worker: str, info: DataInfo) -> Assignment:
+        self.ready()
+        return self._study.hello(worker, info)
+
+    def pull(self, worker: str, slots: int, timeout_s: float) -> Assignment:
+        return self._study.pull(worker, slots, timeout_s)
+
+    def push(self, worker: str, results: Sequence[Result]) -> None:
+        self._study.push(worker, results)
+
+    def progress(self, key: str) -> None:
+        self._study.progress(key)
+
+    def fetch(self, ref: str) -> bytes:
+        return self._study.fetch(ref)
+
+    def broken(self, worker: str, error: HpsearchError) -> None:
+        if self._error is None:
+            self._study.broken(worker, error)
+
+    def stop(self, reason: str) -> None:
+        if self._error is None:
+            self._study.stop(reason)
+
+    def close(self) -> HpsearchError | None:
+        """Keep what was pushed; why the study stopped early, None when it did not."""
+        if self._error is not None:
+            return self._error
+        self._study.close()
+        return self._study.failure
+
+
+class ActorClient(LooksAhead):
+    """The study actor, as a worker sees it. Raises ClusterError when it is gone."""
+
+    def __init__(self, study: ActorHandle[StudyActor]) -> None:
+        self._study = study
+        self._ahead: Any = None
+        self._unread: list[Any] = []  # answers to pushes, read a few later so that nobody waits for the driver
+
+    def hello(self, worker: str, info: DataInfo) -> Assignment:
+        return _get(self._study.hello.remote(worker, info))
+
+    def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0) -> Assignment:
+        asked, self._ahead = self._ahead, None
+        return _get(asked if asked is not None else self._study.pull.remote(worker, slots, timeout_s))
+
+    def look_ahead(self, worker: str, slots: int, timeout_s: float) -> None:
+        self._ahead = self._study.pull.remote(worker, slots, timeout_s)
+
+    def push(self, worker: str, results: Sequence[Result]) -> None:
+        self._unread.append(self._study.push.remote(worker, results))
+        if len(self._unread) > 4:
+            _get(self._unread.pop(0))
+
+    def progress(self, key: str) -> None:
+        self._study.progress.remote(key)
+
+    def fetch(self, ref: str) -> bytes:
+        return _get(self._study.fetch.remote(ref))
+
+    def broken(self, worker: str, error: HpsearchError) -> None:
+        _get(self._study.broken.remote(worker, error))
+
+
+def work_for(study: str, namespace: str, launch: Launch, name: str) -> None:
+    """A worker's life, in the process that Tune gave it."""
+    import ray
+
+    client = ActorClient(ray.get_actor(study, namespace))
+    Worker(name, client, launch.executor).run()
+
+
+def _this_node() -> Any:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def _get(ref: Any, timeout_s: float | None = None) -> Any:
+    """The answer to a remote call; its own HpsearchError, or ClusterError when the study is gone."""
+    import ray
+
+    try:
+        return ray.get(ref, timeout=timeout_s)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, BaseException) else error
+        raise (cause if isinstance(cause, HpsearchError) else internal_error(error)) from None
+    except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+        raise ClusterError(
+            f"the study's process is gone: {type(error).__name__}", hint="hpsearch launch --resume goes on from here"
+        ) from None

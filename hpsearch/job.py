@@ -1,0 +1,182 @@
+"""Jobs and their results: all that passes between a study and its workers.
+
+A job's result depends on nothing but the job (and the task and its data), so a lost job is simply given out again.
+Everything here is plain data; torch is not needed to build, send or record it.
+
+A *blob* is bytes that are too large for the journal: a checkpoint, an array of predictions, an exported graph. It
+travels with the result and is kept on the driver's disk under its reference before the result counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Scalar = bool | int | float | str | None
+Value = Scalar | list[Scalar]
+Config = dict[str, Value]
+"""One value for every active parameter of a space; JSON through and through."""
+
+SplitName = Literal["train", "val", "ensemble", "test"]
+Outputs = Literal["logits", "values", "binary_logits"]
+"""What a model's output means: class logits, numbers, or one logit per independent yes/no label."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RampJob:
+    """Train a fresh network while the learning rate rises geometrically; no epoch ends, nothing is kept."""
+
+    key: str  # "ramp/optimizer=adamw/2"
+    config: Config  # without lr
+    seed: int
+    lr_min: float
+    lr_max: float
+    steps: int
+    kind: Literal["ramp"] = "ramp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeJob:
+    """Train a fresh network for some steps at its config's constant lr."""
+
+    key: str  # "probe/optimizer=adamw/0.004/0"
+    config: Config  # with lr
+    seed: int
+    steps: int
+    kind: Literal["probe"] = "probe"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """Train a trial from one epoch to another.
+
+    With from_epoch > 0 and no checkpoint the worker trains the earlier epochs again and reports only the later
+    ones: so it is with a `fit` of the user's that gives no state.
+    """
+
+    key: str  # "train/17/3-9"
+    trial: int
+    config: Config
+    seed: int  # the trial's
+    from_epoch: int
+    to_epoch: int
+    checkpoint: str | None = None  # blob reference of the trial's last checkpoint
+    best: float | None = None  # objective of the best epoch so far (minimised), None before the first
+    kind: Literal["train"] = "train"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """A trial's best checkpoint and its weight in an ensemble."""
+
+    trial: int
+    config: Config
+    checkpoint: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateJob:
+    """Predict a split with the weighted mean of some members, and measure it. One member: a single model."""
+
+    key: str  # "evaluate/ensemble-split/17", "evaluate/test/best", "evaluate/test/ensemble"
+    members: tuple[Member, ...]
+    split: SplitName
+    keep_predictions: bool
+    kind: Literal["evaluate"] = "evaluate"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportJob:
+    """Write members as graphs and weights that need neither the user's code nor trust."""
+
+    key: str  # "export/17"
+    members: tuple[Member, ...]
+    kind: Literal["export"] = "export"
+
+
+Job = RampJob | ProbeJob | TrainJob | EvaluateJob | ExportJob
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochMetrics:
+    """What one epoch of training gave."""
+
+    epoch: int  # 1 for the first
+    metrics: dict[str, float]  # with their split: train_loss, val_loss, val_accuracy, …
+    seconds: float
+
+
+Outcome = Literal["done", "diverged", "out_of_memory", "crashed", "unusable"]
+"""unusable: nothing wrong with the trial, but what was asked cannot be given (a graph that cannot be exported)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The end of a job, well or badly. `values` is JSON and goes into the journal; blobs go to the disk.
+
+    What `values` holds when the outcome is "done":
+
+    ramp      {"losses": [float, …], "batch_size": int, "epochs": float}; shorter than `steps` when NaN ended it
+    probe     {"losses": [float, …], "batch_size": int, "epochs": float}
+    train     {"checkpoint": ref | None, "best_checkpoint": ref | None, "resumable": bool}; None for the best: an
+              earlier job holds it. `epochs` beside `values` has the curve.
+    evaluate  {"metrics": {"loss": …, "accuracy": …}, "n_rows": int, "predictions": ref | None,
+              "targets": ref | None, "row_scores": ref}
+    export    {"members": {"17": {"onnx": ref | None, "weights": ref, "max_difference": float, "reason": str}},
+              "input_shape": […], "input_dtype": "float32"}
+    """
+
+    key: str
+    outcome: Outcome = "done"
+    values: Mapping[str, object] = field(default_factory=dict)
+    epochs: tuple[EpochMetrics, ...] = ()
+    blobs: Mapping[str, bytes] = field(default_factory=dict)
+    message: str = ""  # for a bad outcome: what was found, in one line
+    frame: str = ""  # the user's own frame, "file.py:12 in model"
+    traceback: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataInfo:
+    """What a worker found when it called Task.data(). Two workers of a study must find the same."""
+
+    fingerprint: str
+    test_fingerprint: str  # of the test split alone, "" without one; names the split across studies
+    n_rows: dict[str, int]  # by split, with val and ensemble as cut
+    outputs: Outputs
+    n_classes: int | None  # None for numbers
+    input_shape: tuple[int, ...]  # of one example
+    input_dtype: str
+    metrics: tuple[str, ...]  # as a trial will report them, with their split; () when only training will tell
+    resumable: bool = True  # False: the task has its own `fit`, and only its first report tells
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lease:
+    """A job in a worker's hands."""
+
+    job: Job
+    worker: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """A study's answer to a worker that asks for work."""
+
+    jobs: tuple[Job, ...] = ()
+    ended: bool = False  # nothing will come any more; the worker may go
+    error: str = ""  # the worker is refused, with this reason
+
+
+def evaluation_key(split: str, members: Sequence[tuple[int, float]]) -> str:
+    """Key of the job that measures some trials, weighted, on a split.
+
+    >>> evaluation_key("test", [(17, 0.75), (3, 0.25)])
+    'evaluate/test/17*0.75+3*0.25'
+    """
+    if len(members) == 1:
+        return f"evaluate/{split}/{members[0][0]}"
+    return f"evaluate/{split}/" + "+".join(f"{trial}*{weight:.6g}" for trial, weight in members)

@@ -1,0 +1,230 @@
+"""The journal: one append-only file of events, the truth of a study.
+
+One writer at a time (a lock beside the file), any number of readers. A line is a JSON object with its sequence number,
+its fence, its time and a checksum of what stands before it. The fence is one higher for each writer, so that a line from
+a writer that was taken for dead, and was not, is recognised and passed over.
+
+What counts is on disk: `commit` returns after fsync. A last line that a crash cut short is ignored and overwritten; damage
+anywhere else is an error that names the line, since guessing would change the study.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+import time as time_module
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from hpsearch.errors import JournalError, UsageError
+from hpsearch.events import Event, from_json, to_json
+from hpsearch.state import Entry
+
+FILE_NAME = "journal.jsonl"
+LOCK_NAME = "lock"
+_CRC = b',"crc":"'
+
+
+class Journal:
+    """The open journal of a run directory, held by its one writer."""
+
+    def __init__(self, file: IO[bytes], lock: IO[bytes], entries: list[Entry], clock: Callable[[], float]) -> None:
+        self.entries = entries  # as read when it was opened
+        self._file = file
+        self._lock = lock
+        self._clock = clock
+        self._seq = entries[-1].seq + 1 if entries else 0
+        self._fence = max((entry.fence for entry in entries), default=0) + 1
+        self._last_time = entries[-1].time if entries else 0.0
+        self._buffer: list[bytes] = []
+        self._buffer_lock = threading.Lock()
+        self._file_lock = threading.Lock()  # held over a write, so that batches reach the file in order
+
+    @classmethod
+    def open(cls, run_dir: Path, *, clock: Callable[[], float] = time_module.time, wait_s: float = 30.0) -> Journal:
+        """The journal of `run_dir`, made when it is not there, locked for writing.
+
+        Args:
+            wait_s: how long to wait for another writer to go; a killed driver's study can outlive it by seconds.
+
+        Raises:
+            UsageError: the directory cannot be written, or another writer holds it.
+            JournalError: a line before the last is damaged.
+        """
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            lock = (run_dir / LOCK_NAME).open("ab")
+        except OSError as error:
+            raise UsageError(
+                f"the run directory {run_dir} cannot be written: {error.strerror}", hint="choose another --run-dir"
+            ) from None
+        try:
+            _acquire(lock, run_dir, wait_s)
+            path = run_dir / FILE_NAME
+            try:
+                file = path.open("r+b") if path.exists() else path.open("x+b")
+            except OSError as error:
+                raise UsageError(
+                    f"the journal {path} cannot be written: {error.strerror}", hint="choose another --run-dir"
+                ) from None
+            entries, good_bytes = _read(file.read(), path)
+            file.truncate(good_bytes)
+            file.seek(good_bytes)
+        except BaseException:
+            lock.close()
+            raise
+        return cls(file, lock, entries, clock)
+
+    def append(self, event: Event) -> Entry:
+        """The event as an entry; on disk after the next `commit`."""
+        with self._buffer_lock:
+            # A clock that jumps back must not make a later event look earlier.
+            self._last_time = max(self._last_time, round(self._clock(), 4))
+            entry = Entry(seq=self._seq, fence=self._fence, time=self._last_time, event=event)
+            self._seq += 1
+            self._buffer.append(_line(entry))
+        return entry
+
+    def commit(self) -> None:
+        """Everything appended so far is on disk when this returns.
+
+        Raises:
+            JournalError: the disk is full, or failed.
+        """
+        with self._file_lock:
+            with self._buffer_lock:
+                lines, self._buffer = self._buffer, []
+            if not lines:
+                return
+            try:
+                self._file.write(b"".join(lines))
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                raise JournalError(
+                    f"the journal {self._file.name} cannot be written: {error.strerror}",
+                    hint="make room, then hpsearch launch --resume",
+                ) from None
+
+    def close(self) -> None:
+        """Commit, and let another writer in."""
+        try:
+            self.commit()
+        finally:
+            self._file.close()
+            self._lock.close()
+
+
+def read_journal(run_dir: Path) -> list[Entry]:
+    """All entries of a run directory's journal; nothing is locked or changed.
+
+    Raises:
+        UsageError: there is no journal.
+        JournalError: a line before the last is damaged.
+    """
+    path = run_dir / FILE_NAME
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise UsageError(
+            f"{run_dir} holds no study (no {FILE_NAME} in it)", hint="name the run directory of a launch: runs/<name>"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    return _read(raw, path)[0]
+
+
+class JournalTail:
+    """Reads what was added to a journal since the last look; for a driver whose study lives in another process."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / FILE_NAME
+        self._offset = 0
+        self._fence = 0
+
+    def new_entries(self) -> Iterator[Entry]:
+        """Entries since the last call; a line that is still being written waits for the next."""
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            raw = file.read()
+        end = raw.rfind(b"\n") + 1
+        self._offset += end
+        for number, line in enumerate(raw[:end].splitlines(), start=1):
+            entry = _parse(line, self._path, number)
+            if entry.fence >= self._fence:
+                self._fence = entry.fence
+                yield entry
+
+
+def _acquire(lock: IO[bytes], run_dir: Path, wait_s: float) -> None:
+    deadline = time_module.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError:
+            if time_module.monotonic() >= deadline:
+                raise UsageError(
+                    f"the run directory {run_dir} is in use by another launch",
+                    hint="wait for it to end, or choose another --run-dir",
+                ) from None
+            time_module.sleep(0.1)
+
+
+def _line(entry: Entry) -> bytes:
+    body = {"seq": entry.seq, "fence": entry.fence, "time": entry.time, **to_json(entry.event)}
+    text = json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()[:-1]
+    return text + _CRC + f"{zlib.crc32(text):08x}".encode() + b'"}\n'
+
+
+def _parse(line: bytes, path: Path, number: int) -> Entry:
+    text, _, crc = line.rpartition(_CRC)
+    try:
+        if crc != f'{zlib.crc32(text):08x}"}}'.encode():
+            raise ValueError("its checksum does not match")
+        body = json.loads(text + b"}")
+        seq, fence, time = body.pop("seq"), body.pop("fence"), body.pop("time")
+        return Entry(seq=seq, fence=fence, time=time, event=from_json(body))
+    except (ValueError, KeyError) as error:
+        raise JournalError(
+            f"{path}:{number}: the line is damaged: {error}",
+            hint="restore the file from a copy; the lines before it are whole",
+        ) from None
+
+
+def _read(raw: bytes, path: Path) -> tuple[list[Entry], int]:
+    """Entries in force, and how many bytes of the file are whole lines."""
+    end = raw.rfind(b"\n") + 1
+    entries: list[Entry] = []
+    fence = 0
+    lines = raw[:end].split(b"\n")[:-1]
+    for number, line in enumerate(lines, start=1):
+        entry = _parse(line, path, number)
+        if entry.fence < fence:
+            continue  # from a writer that had been replaced
+        if entry.fence == fence and entry.seq != entries[-1].seq + 1:
+            raise JournalError(
+                f"{path}:{number}: entry {entries[-1].seq + 1} is missing (found {entry.seq})",
+                hint="restore the file from a copy",
+            )
+        fence = entry.fence
+        entries.append(entry)
+    return entries, end
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether a study of this run directory is open for writing somewhere on this machine."""
+    try:
+        with (run_dir / LOCK_NAME).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False

@@ -1,0 +1,58 @@
+"""Lines that people write into a study's logbook, beside the journal.
+
+Not in the journal, which has one writer and may be in use: nothing is computed from a note. One JSON object per line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time as time_module
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpsearch.errors import UsageError
+
+FILE_NAME = "notes.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """One line of the logbook."""
+
+    number: int  # 1 for the first
+    time: float  # unix time, s
+    text: str
+
+
+def read_notes(run_dir: Path) -> list[Note]:
+    """All notes of a run directory, oldest first; a half-written last one is left out."""
+    try:
+        lines = (run_dir / FILE_NAME).read_text(encoding="utf-8").split("\n")[:-1]
+    except FileNotFoundError:
+        return []
+    bodies = [json.loads(line) for line in lines]
+    return [Note(number=i, time=body["time"], text=body["text"]) for i, body in enumerate(bodies, start=1)]
+
+
+def add_note(run_dir: Path, text: str, *, clock: Callable[[], float] = time_module.time) -> Note:
+    """The note, as kept.
+
+    Raises:
+        UsageError: the text is empty, or the directory cannot be written.
+    """
+    if not text.strip():
+        raise UsageError("a note needs some text")
+    body = {"time": round(clock(), 3), "text": text.strip()}
+    line = (json.dumps(body, ensure_ascii=False) + "\n").encode()
+    try:
+        # One write to a file opened for appending: two people's notes cannot mix.
+        handle = os.open(run_dir / FILE_NAME, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, line)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise UsageError(f"{run_dir} cannot be written: {error.strerror}") from None
+    return read_notes(run_dir)[-1]

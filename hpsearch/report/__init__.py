@@ -1,0 +1,1 @@
+"""Figures of a study, drawn from plain values; they know neither journal nor tracker."""

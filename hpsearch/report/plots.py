@@ -1,0 +1,438 @@
+"""The figures of a study as PNG bytes: LR range, learning curves, ensemble, search.
+
+Values in, bytes out. Figures are built from matplotlib's objects and its Agg canvas, never from pyplot, whose import
+takes seconds, wants a display and keeps global state; matplotlib itself is imported when a figure is drawn.
+
+Axes are set from the bulk of the values, so that one loss of 1e6 does not flatten all others; what lies beyond is
+said in the figure. Values that are not finite are left out, or marked where that tells something.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Goal = Literal["minimize", "maximize"]
+
+DOTS_PER_INCH = 130
+
+FEW_VALUES = 6
+"""A number with no more values than this is drawn in columns."""
+
+HUGE = 1e100
+"""Values are drawn no further out than this: axes of 1e300 leave the range of floats."""
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+BLUE, SKY, GREEN, ORANGE, RED, PURPLE = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
+GREY, LIGHT, INK = "#8C8C8C", "#D9D9D9", "#222222"
+
+STATE_COLOURS = {
+    "complete": BLUE,
+    "stopped": "#A9A9A9",
+    "paused": ORANGE,
+    "running": GREEN,
+    "waiting": SKY,
+    "diverged": RED,
+    "failed": PURPLE,
+}
+"""Colour of each trial state; any other state is drawn in ink."""
+
+BAD_STATES = ("diverged", "failed")
+"""Trials that are never the best, whatever they reached before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LrRangePlot:
+    """One branch of the LR range stage."""
+
+    branch: str  # "optimizer=adamw"; "" for the only one
+    lrs: Sequence[float]  # (T,) the ramp
+    losses: Sequence[Sequence[float]]  # per seed, raw; may be shorter than lrs
+    median_curve: Sequence[float | None] = ()  # (T,) smoothed
+    lr: float | None = None  # the suggestion; None: nothing could be measured
+    low: float | None = None
+    high: float | None = None
+    spread_decades: float | None = None
+    probes: Mapping[float, float] = field(default_factory=dict)  # constant rate to its loss; not finite: diverged
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePlot:
+    """One trial's metric, epoch by epoch."""
+
+    trial: int
+    state: str
+    epochs: Sequence[int]
+    values: Sequence[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchPoint:
+    """One trial in the space that was searched."""
+
+    trial: int
+    state: str
+    value: float | None  # the metric at the trial's best epoch, in its own unit; None or not finite: it has none
+    config: Mapping[str, object]  # parameters that are not active are absent
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterPlot:
+    """One searched parameter: an axis."""
+
+    name: str
+    log: bool = False
+
+
+def lr_range_figure(branches: Sequence[LrRangePlot], *, loss_name: str = "training loss") -> bytes:
+    """Loss against learning rate, a panel per branch: each seed, their median, the suggestion and the interval.
+
+    Raises:
+        ValueError: no branches.
+    """
+    if not branches:
+        raise ValueError("at least one branch is needed")
+    figure, panels = _panels(len(branches), width=5.6, height=4.0, columns=3, foot=0.55)
+    for panel, branch in zip(panels, branches, strict=True):
+        _draw_branch(panel, branch, loss_name)
+    _shared_legend(figure, panels)
+    return _png(figure)
+
+
+def learning_curves_figure(
+    curves: Sequence[CurvePlot], *, metric: str, goal: Goal = "minimize", rungs: Sequence[int] = ()
+) -> bytes:
+    """A metric against epochs, one line per trial in its state's colour; the best trial is named.
+
+    Args:
+        curves: trials; values that are not finite are left out; a cross at the worst edge tells where a trial
+            diverged or failed.
+        metric: with its split, "val_loss".
+        goal: which way is better.
+        rungs: epochs at which trials were compared, drawn as dotted lines. With them the epochs are on a log scale,
+            where rungs are evenly spaced and the many trials that ended early have room.
+    """
+    figure, (panel,) = _panels(1, width=8.2, height=4.8, columns=1)
+    finite = {c.trial: [(e, v) for e, v in zip(c.epochs, c.values, strict=True) if math.isfinite(v)] for c in curves}
+    values = [v for points in finite.values() for _, v in points]
+    last_epoch = max((e for curve in curves for e in curve.epochs), default=1)
+    for rung in rungs:
+        panel.axvline(rung, color=GREY, linestyle=":", linewidth=1.0, zorder=0.5)
+
+    best = _best({c.trial: [v for _, v in finite[c.trial]] for c in curves if c.state not in BAD_STATES}, goal)
+    counts: dict[str, int] = {}
+    ended_badly: list[tuple[int, str]] = []
+    for curve in sorted(curves, key=lambda c: (c.state == "complete", c.trial)):  # the complete ones on top
+        counts[curve.state] = counts.get(curve.state, 0) + 1
+        colour = STATE_COLOURS.get(curve.state, INK)
+        if curve.state in BAD_STATES:
+            ended_badly.append((max(curve.epochs, default=1), colour))
+        if not finite[curve.trial]:
+            continue
+        epochs, ys = zip(*finite[curve.trial], strict=True)
+        strong = curve.state == "complete"
+        panel.plot(epochs, ys, color=colour, linewidth=1.5 if strong else 1.0, alpha=0.9 if strong else 0.7)
+        panel.plot(epochs[-1:], ys[-1:], "o", markersize=3.5, color=colour)
+    for epoch, colour in ended_badly:  # at the worst edge: their last value is mostly none, or far beyond the axis
+        _mark_worst_edge(panel, epoch, colour, goal)
+    _fit_y(panel, values, metric, goal)
+    if best is not None:
+        epochs, ys = zip(*finite[best], strict=True)
+        i = int(np.argmin(ys) if goal == "minimize" else np.argmax(ys))
+        panel.plot(epochs, ys, color=INK, linewidth=2.0)
+        panel.plot(epochs[i], ys[i], marker="*", markersize=13, color=INK, markeredgecolor="white", linestyle="none")
+        label = f"best: trial {best}, {_number(ys[i])} at epoch {epochs[i]}"
+        panel.plot([], [], color=INK, linewidth=2.0, marker="*", markersize=9, label=label)
+    for state in [*STATE_COLOURS, *sorted(set(counts) - set(STATE_COLOURS))]:
+        if state in counts:
+            bad = state in BAD_STATES
+            colour = STATE_COLOURS.get(state, INK)
+            panel.plot([], [], color=colour, marker="x" if bad else "o", markersize=5, label=f"{counts[state]} {state}")
+    if rungs:
+        panel.set_xscale("log")
+        ticks = sorted({1, *rungs, last_epoch})
+        panel.set_xticks(ticks, [str(tick) for tick in ticks])
+        panel.set_xticks([], minor=True)
+        panel.set_xlim(0.93, max(last_epoch, 2) * 1.07)
+        panel.set_xlabel("epoch (log scale; dotted: rungs)")
+    else:
+        _integer_ticks(panel)
+        panel.set_xlim(1 - 0.02 * last_epoch, max(last_epoch, 2) * 1.02)
+        panel.set_xlabel("epoch")
+    panel.set_title("Learning curves", loc="left")
+    _shared_legend(figure, [panel])
+    return _png(figure)
+
+
+def ensemble_figure(
+    scores: Sequence[float],
+    *,
+    best_round: int,
+    single_score: float,
+    metric: str = "negative log likelihood (nats)",
+    split: str = "ensemble split",
+) -> bytes:
+    """The ensemble's score after each round of greedy selection, against the best single model's.
+
+    Args:
+        scores: after each round; lower is better.
+        best_round: the round that was kept, 1 for the first.
+        single_score: of the best model alone.
+        metric: name and unit of the score.
+        split: what it was measured on.
+
+    Raises:
+        ValueError: no scores, or a best_round that is not one of theirs.
+    """
+    if not 1 <= best_round <= len(scores):
+        raise ValueError(f"best_round must be within 1 to {len(scores)} (got {best_round})")
+    figure, (panel,) = _panels(1, width=6.6, height=4.2, columns=1)
+    rounds = np.arange(1, len(scores) + 1)
+    panel.axhline(single_score, color=RED, linestyle="--", linewidth=1.3, label=f"best single: {_number(single_score)}")
+    panel.plot(rounds[best_round - 1 :], scores[best_round - 1 :], "o-", color=GREY, markersize=3.5, linewidth=1.0)
+    panel.plot(rounds[:best_round], scores[:best_round], "o-", color=BLUE, markersize=4.5, label="picks that were kept")
+    if best_round < len(scores):
+        panel.plot([], [], "o-", color=GREY, markersize=3.5, linewidth=1.0, label="later picks, dropped")
+    best = scores[best_round - 1]
+    star = f"kept: {_number(best)} after {best_round} pick{'s' if best_round > 1 else ''}"
+    panel.plot(best_round, best, "*", color=INK, markersize=15, markeredgecolor="white", label=star, zorder=5)
+    panel.set_xlim(0.5, max(len(scores), 2) + 0.5)
+    panel.margins(y=0.12)
+    _integer_ticks(panel)
+    panel.set_xlabel("models averaged, repeats counted")
+    panel.set_ylabel(f"{metric}\n(lower is better)")
+    panel.set_title(f"Greedy selection on the {split}", loc="left")
+    _shared_legend(figure, [panel])
+    return _png(figure)
+
+
+def search_figure(
+    points: Sequence[SearchPoint], parameters: Sequence[ParameterPlot], *, metric: str, goal: Goal = "minimize"
+) -> bytes:
+    """The metric against each searched parameter, a panel each; trials without a metric are marked at the edge.
+
+    Numeric parameters get a numeric axis, logarithmic where `log` says so; those of few values, and all others, a
+    column per value, in which trials are spread sideways.
+
+    Raises:
+        ValueError: no parameters.
+    """
+    if not parameters:
+        raise ValueError("at least one parameter is needed")
+    figure, panels = _panels(len(parameters), width=4.0, height=3.2, columns=3, foot=0.55)
+    measured = [(p, p.value) for p in points if p.value is not None and math.isfinite(p.value)]
+    best = _best({p.trial: [value] for p, value in measured if p.state not in BAD_STATES}, goal)
+    values = [value for _, value in measured]
+    for i, (panel, parameter) in enumerate(zip(panels, parameters, strict=True)):
+        _draw_parameter(panel, points, parameter, best, goal)
+        _fit_y(panel, values, metric if i % 3 == 0 else "", goal, note=i == 0)
+    _shared_legend(figure, panels)
+    return _png(figure)
+
+
+def _draw_branch(panel: Axes, branch: LrRangePlot, loss_name: str) -> None:
+    lrs = np.asarray(branch.lrs, dtype=np.float64)
+    before_minimum: list[float] = []
+    all_finite: list[float] = []
+    curve = np.array([math.nan if v is None else v for v in branch.median_curve], dtype=np.float64)
+    minimum = int(np.nanargmin(curve)) if np.isfinite(curve).any() else len(lrs) - 1
+    for seed, run in enumerate(branch.losses):
+        losses = np.asarray(run, dtype=np.float64)
+        losses = np.clip(np.where(np.isfinite(losses), losses, np.nan), -HUGE, HUGE)
+        label = "single seeds" if seed == 0 else None
+        panel.plot(lrs[: len(losses)], losses, color=SKY, linewidth=0.8, alpha=0.75, label=label)
+        before_minimum += [float(v) for v in losses[: max(minimum + 1, 5)] if math.isfinite(v)]
+        all_finite += [float(v) for v in losses if math.isfinite(v)]
+    if np.isfinite(curve).any():
+        panel.plot(lrs[: len(curve)], curve, color=INK, linewidth=2.0, label="median of seeds, smoothed")
+    if branch.low is not None and branch.high is not None:
+        panel.axvspan(branch.low, branch.high, color=GREEN, alpha=0.15, linewidth=0, label="interval to search")
+    if branch.lr is not None:
+        panel.axvline(branch.lr, color=GREEN, linewidth=2.0, label="suggestion")
+    finite_probes = {lr: loss for lr, loss in branch.probes.items() if math.isfinite(loss)}
+
+    # A ramp that works falls from its start to its minimum; what comes after may be anything.
+    if before_minimum:
+        top = float(np.quantile(before_minimum, 0.98))
+        bottom = min(float(np.quantile(all_finite, 0.002)), min(before_minimum), *finite_probes.values(), top)
+        room = (top - bottom) or abs(top) or 1.0
+        panel.set_ylim(bottom - 0.08 * room, top + 0.25 * room)
+    else:
+        panel.set_yticks([])
+    if finite_probes:
+        rates, scores = zip(*sorted(finite_probes.items()), strict=True)
+        panel.plot(rates, scores, "D", color=ORANGE, markersize=6, markeredgecolor="white", label="constant rates")
+    for i, lr in enumerate(sorted(set(branch.probes) - set(finite_probes))):
+        _mark_worst_edge(panel, lr, RED, "minimize", label=None if i else "constant rates, loss not finite")
+    panel.set_xscale("log")
+    panel.set_xlim(lrs[0], lrs[-1])
+    panel.set_xlabel("learning rate (log scale)")
+    panel.set_ylabel(f"{loss_name}, per step")
+    panel.set_title(_branch_title(branch), loc="left")
+
+
+def _branch_title(branch: LrRangePlot) -> str:
+    name = branch.branch or "LR range"
+    if branch.lr is None or branch.low is None or branch.high is None:
+        return f"{name}\nno suggestion: the loss was not finite"
+    spread = "" if branch.spread_decades is None else f" · seeds within {branch.spread_decades:.2f} decades"
+    return f"{name}\nlr {branch.lr:.2g} in [{branch.low:.2g}, {branch.high:.2g}]{spread}"
+
+
+def _draw_parameter(
+    panel: Axes, points: Sequence[SearchPoint], parameter: ParameterPlot, best: int | None, goal: Goal
+) -> None:
+    active = [p for p in points if parameter.name in p.config]
+    found = [p.config[parameter.name] for p in active]
+    distinct = sorted({v for v in found if isinstance(v, int | float) and not isinstance(v, bool)})
+    numeric = bool(found) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in found)
+    if numeric and not (len(distinct) <= FEW_VALUES and len(found) > 2 * len(distinct)):
+        places = [float(str(v)) for v in found]
+        if parameter.log and min(places) > 0:
+            panel.set_xscale("log")
+        elif all(isinstance(v, int) for v in found):
+            _integer_ticks(panel)
+        else:
+            panel.locator_params(axis="x", nbins=6)
+    else:
+        names = [str(v) for v in distinct] if numeric else sorted({str(v) for v in found})
+        places = [names.index(str(v)) + _jitter(p.trial) for p, v in zip(active, found, strict=True)]
+        panel.set_xticks(range(len(names)), [_short(name) for name in names], rotation=25 if len(names) > 4 else 0)
+        panel.set_xlim(-0.6, max(len(names), 1) - 0.4)
+    # Stopped trials first, the best one last and on top.
+    order = sorted(range(len(active)), key=lambda i: (active[i].trial == best, active[i].state == "complete", i))
+    for i in order:
+        point, x = active[i], places[i]
+        colour = STATE_COLOURS.get(point.state, INK)
+        if point.value is None or not math.isfinite(point.value):
+            _mark_worst_edge(panel, x, colour, goal, label=f"{point.state}, no value")
+        elif point.trial == best:
+            label = f"best: trial {best}, {_number(point.value)}"
+            panel.plot(x, point.value, "*", color=INK, markersize=14, markeredgecolor="white", zorder=5, label=label)
+        else:
+            panel.plot(x, point.value, "o", color=colour, markersize=5, markeredgewidth=0, alpha=0.8, label=point.state)
+    panel.set_xlabel(f"{parameter.name} (log scale)" if panel.get_xscale() == "log" else parameter.name)
+
+
+def _panels(n: int, *, width: float, height: float, columns: int, foot: float = 0.45) -> tuple[Figure, list[Axes]]:
+    """A figure with n panels of the given size in inches, and room below for a legend."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(n, columns)
+    rows = math.ceil(n / columns)
+    figure = Figure(figsize=(width * columns, height * rows + foot), dpi=DOTS_PER_INCH, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = [figure.add_subplot(rows, columns, i + 1) for i in range(n)]
+    for panel in panels:
+        panel.grid(True, color=LIGHT, linewidth=0.6, alpha=0.7)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.spines[["left", "bottom"]].set_color(GREY)
+        panel.tick_params(colors=INK, labelsize=9, which="both", color=GREY)
+        panel.title.set_fontsize(11)
+    return figure, panels
+
+
+def _shared_legend(figure: Figure, panels: Iterable[Axes]) -> None:
+    """One legend below all panels, each label once."""
+    entries: dict[str, Artist] = {}
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if entries:
+        rows = math.ceil(len(entries) / max(2, int(figure.get_figwidth() / 1.8)))
+        columns = math.ceil(len(entries) / rows)  # rows of like length
+        labels = sorted(entries, key=_legend_rank)
+        handles = [entries[label] for label in labels]
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+
+def _legend_rank(label: str) -> int:
+    """The best trial, then states in their usual order, then all others as they came."""
+    if label.startswith("best: "):
+        return -1
+    ranks = {state: i for i, state in enumerate(STATE_COLOURS)}
+    return next((ranks[word] for word in label.replace(",", "").split() if word in ranks), len(ranks))
+
+
+def _fit_y(panel: Axes, values: Sequence[float], metric: str, goal: Goal, *, note: bool = True) -> None:
+    """Scale, limits and title of the y axis from the bulk of the values; far outliers are counted, not shown."""
+    if metric:
+        panel.set_ylabel(f"{metric} ({'lower' if goal == 'minimize' else 'higher'} is better)")
+    if not values:
+        return
+    ys = np.clip(np.asarray(values, dtype=np.float64), -HUGE, HUGE)
+    log = bool((ys > 0).all() and np.quantile(np.log10(ys), 0.9) - np.log10(ys.min()) > 1)
+    scaled = np.log10(ys) if log else ys
+    quarter, half, three_quarters = np.quantile(scaled, [0.25, 0.5, 0.75])
+    reach = 4.0 * max(three_quarters - quarter, 1e-3 * abs(half), 1e-9)
+    shown = scaled[(scaled >= quarter - reach) & (scaled <= three_quarters + reach)]
+    low, high = shown.min(), shown.max()
+    # The good end is never cut: the best trials are what the figure is for.
+    low, high = (scaled.min(), high) if goal == "minimize" else (low, scaled.max())
+    room = 0.07 * ((high - low) or abs(high) or 1.0)
+    beyond = int(((scaled < low) | (scaled > high)).sum())
+    limits = (low - room, high + room)
+    if log:
+        from matplotlib.ticker import LogLocator
+
+        panel.set_yscale("log")
+        panel.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:g}")
+        panel.set_ylim(10 ** max(limits[0], -300.0), 10 ** limits[1])
+    else:
+        panel.set_ylim(*limits)
+    if beyond and note:
+        text = f"{beyond} value{'s' if beyond > 1 else ''} beyond the axis"
+        y, side = (0.945, "top") if goal == "minimize" else (0.055, "bottom")
+        panel.annotate(text, (0.995, y), xycoords="axes fraction", ha="right", va=side, fontsize=8, color=GREY)
+
+
+def _mark_worst_edge(panel: Axes, x: float, colour: str, goal: Goal, *, label: str | None = None) -> None:
+    """A cross where the worst values would be, whatever the y axis shows."""
+    y = 0.975 if goal == "minimize" else 0.025
+    panel.plot(x, y, "x", color=colour, markersize=6, transform=panel.get_xaxis_transform(), label=label)
+
+
+def _best(values: Mapping[int, Sequence[float]], goal: Goal) -> int | None:
+    """The trial with the best value; ties go to the lower number."""
+    sign = 1.0 if goal == "minimize" else -1.0
+    scored = {trial: min(sign * v for v in vs) for trial, vs in values.items() if vs}
+    return min(scored, key=lambda trial: (scored[trial], trial), default=None)
+
+
+def _integer_ticks(panel: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
+
+
+def _jitter(trial: int) -> float:
+    """A sideways shift in (-0.25, 0.25), the same for a trial in every figure: golden ratio steps spread evenly."""
+    return (trial * 0.6180339887498949) % 1.0 * 0.5 - 0.25
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _short(text: str, length: int = 14) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

@@ -1,0 +1,384 @@
+"""When a trial may go on: early stopping as functions of the values seen so far.
+
+A trial trains to a *rung*, is paused there with its value, and goes on when its rule says so. A rule is told what has
+happened (`record`, `promote`, `withdraw`) and asked what may happen next (`promotable`, `best_paused`,
+`keeps_going`); it knows no clock, no worker and no disk, so that replaying a journal's events gives the same decisions.
+
+A trial that diverged or failed is *withdrawn* by the study; a value that is not finite is refused, so that no NaN ever
+takes a place in a ranking. Values are minimised; equal values rank by trial number, the lower one first.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+RuleName = Literal["asha", "sha", "median", "none"]
+
+MEDIAN_GRACE = 5  # other trials at a rung before their median means anything; also Optuna's default
+
+
+def rung_epochs(min_epochs: int, max_epochs: int, reduction_factor: int) -> tuple[int, ...]:
+    """Epochs at which trials are compared, lowest first.
+
+    Found by multiplying, since int(log(243) / log(3)) is 4, not 5.
+
+    Args:
+        min_epochs: epochs every trial gets before it can be paused; >= 1.
+        max_epochs: epochs of a full trial; a trial this long is complete.
+        reduction_factor: eta in the paper; the best 1/eta of a rung go on; >= 2.
+
+    Returns:
+        Increasing epochs within [min_epochs, max_epochs). Empty when the two are equal.
+
+    Raises:
+        ValueError: the epochs are out of order, or reduction_factor is below 2.
+
+    Source: Li et al. 2020, arXiv:1810.05934.
+
+    >>> rung_epochs(min_epochs=1, max_epochs=243, reduction_factor=3)
+    (1, 3, 9, 27, 81)
+    """
+    _check_order(min_epochs, max_epochs)
+    if reduction_factor < 2:
+        raise ValueError(f"reduction_factor must be 2 or more (got {reduction_factor})")
+    epochs = []
+    epoch = min_epochs
+    while epoch < max_epochs:
+        epochs.append(epoch)
+        epoch *= reduction_factor
+    return tuple(epochs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promotion:
+    """A paused trial and the epochs that it may be trained for next: after from_epoch, up to and with to_epoch."""
+
+    trial: int
+    from_epoch: int
+    to_epoch: int
+
+
+class StoppingRule(Protocol):
+    """Decides which trials go on. Every call costs O(rungs · log trials) comparisons."""
+
+    first_target: int
+    """Epochs that a fresh trial trains for before anything is asked."""
+
+    epochs: tuple[int, ...]
+    """Epochs at which trials are compared, lowest first; `max_epochs` is not one of them."""
+
+    def record(self, trial: int, epoch: int, value: float) -> None:
+        """The trial has trained to `epoch` with this value; it is paused there, or complete at max_epochs.
+
+        The same trial and epoch a second time are ignored, whatever the value; so is a trial that was withdrawn.
+
+        Raises:
+            ValueError: the value is not finite, no trial is compared at `epoch`, or a later epoch came before.
+        """
+
+    def withdraw(self, trial: int) -> None:
+        """The trial diverged or failed: nobody waits for it any more, and it is never promoted.
+
+        It keeps its place in the rungs that it reached with a finite value.
+        """
+
+    def promotable(self) -> Promotion | None:
+        """The next paused trial that may go on, from the highest rung that has one. Looking changes nothing."""
+
+    def promote(self, trial: int, from_epoch: int) -> None:
+        """The trial has been given out from that rung. Saying so twice is saying it once.
+
+        Raises:
+            ValueError: the trial was never recorded at `from_epoch`.
+        """
+
+    def best_paused(self) -> Promotion | None:
+        """For the end-game: the best paused trial of the highest rung that holds one, going to max_epochs."""
+
+    def keeps_going(self, trial: int, epoch: int) -> bool:
+        """Asked right after `record`, for a trial that cannot be paused: does it train on, or end here?
+
+        False at max_epochs, where the trial is complete.
+
+        Raises:
+            ValueError: the trial was never recorded at `epoch`.
+        """
+
+
+def make_rule(
+    type: RuleName,  # the key's name in space.yaml
+    *,
+    min_epochs: int,
+    max_epochs: int,
+    reduction_factor: int,
+    n_trials: int,
+) -> StoppingRule:
+    """The rule that space.yaml's `early_stopping` names; each takes what it needs of the settings.
+
+    Raises:
+        ValueError: a setting is out of range, or there is no such rule.
+    """
+    match type:
+        case "asha":
+            return PromotionAsha(min_epochs, max_epochs, reduction_factor)
+        case "sha":
+            return SynchronousHalving(min_epochs, max_epochs, reduction_factor, n_trials)
+        case "median":
+            return MedianRule(min_epochs, max_epochs)
+        case "none":
+            return NoStopping(max_epochs)
+    raise ValueError(f"there is no early stopping rule {type!r} (known: asha, sha, median, none)")
+
+
+class _Rung:
+    """The trials that reached one epoch, ranked: by value, then by number."""
+
+    def __init__(self, epoch: int, next_epoch: int) -> None:
+        self.epoch = epoch
+        self.next_epoch = next_epoch
+        self.value_of: dict[int, float] = {}
+        self.ranking: list[tuple[float, int]] = []
+        self.paused: list[tuple[float, int]] = []  # the part of the ranking that nobody has promoted or withdrawn
+
+    def __len__(self) -> int:
+        return len(self.ranking)
+
+    def add(self, trial: int, value: float) -> None:
+        self.value_of[trial] = value
+        insort(self.ranking, (value, trial))
+        insort(self.paused, (value, trial))
+
+    def release(self, trial: int) -> None:
+        """The trial is not paused here any more, if it was; its place in the ranking stays."""
+        if trial in self.value_of:
+            entry = (self.value_of[trial], trial)
+            at = bisect_left(self.paused, entry)
+            if at < len(self.paused) and self.paused[at] == entry:
+                del self.paused[at]
+
+    def rank(self, trial: int) -> int:
+        """0 for the best."""
+        return bisect_left(self.ranking, (self.value_of[trial], trial))
+
+
+class _Ladder:
+    """The bookkeeping that all rules share. What differs is who of a rung may go on: `_may_go_on`.
+
+    A rule must never let a trial go on and hold back a better one of the same rung, so only the best paused trial of
+    each rung has to be looked at.
+    """
+
+    def __init__(self, epochs: Sequence[int], max_epochs: int) -> None:
+        self.epochs = tuple(epochs)
+        targets = (*self.epochs, max_epochs)
+        self.first_target = targets[0]
+        self._max_epochs = max_epochs
+        self._rungs = {epoch: _Rung(epoch, target) for epoch, target in zip(self.epochs, targets[1:], strict=True)}
+        self._highest_first = tuple(reversed(self._rungs.values()))
+        self._furthest: dict[int, int] = {}  # trial -> the last epoch recorded
+        self._withdrawn: set[int] = set()
+
+    def record(self, trial: int, epoch: int, value: float) -> None:
+        if not math.isfinite(value):
+            raise ValueError(f"trial {trial} at epoch {epoch}: a value must be finite to be ranked (got {value})")
+        if epoch != self._max_epochs and epoch not in self._rungs:
+            raise ValueError(
+                f"trial {trial}: trials are not compared at epoch {epoch}, "
+                f"but at {', '.join(map(str, (*self.epochs, self._max_epochs)))}"
+            )
+        if trial in self._withdrawn or self._was_recorded(trial, epoch):
+            return
+        if epoch < self._furthest.get(trial, 0):
+            raise ValueError(f"trial {trial}: epoch {epoch} was recorded after epoch {self._furthest[trial]}")
+        self._furthest[trial] = epoch
+        if epoch in self._rungs:
+            self._rungs[epoch].add(trial, self._rankable(trial, value))
+
+    def withdraw(self, trial: int) -> None:
+        self._withdrawn.add(trial)
+        for rung in self._highest_first:
+            rung.release(trial)
+
+    def promotable(self) -> Promotion | None:
+        for rung in self._highest_first:
+            if rung.paused and self._may_go_on(rung, rung.rank(trial := rung.paused[0][1])):
+                return Promotion(trial=trial, from_epoch=rung.epoch, to_epoch=rung.next_epoch)
+        return None
+
+    def promote(self, trial: int, from_epoch: int) -> None:
+        if from_epoch == self._max_epochs or not self._was_recorded(trial, from_epoch):
+            raise ValueError(f"trial {trial} is not paused at epoch {from_epoch}")
+        self._rungs[from_epoch].release(trial)
+
+    def best_paused(self) -> Promotion | None:
+        for rung in self._highest_first:
+            if rung.paused:
+                return Promotion(trial=rung.paused[0][1], from_epoch=rung.epoch, to_epoch=self._max_epochs)
+        return None
+
+    def keeps_going(self, trial: int, epoch: int) -> bool:
+        if not self._was_recorded(trial, epoch):
+            raise ValueError(f"trial {trial} was not recorded at epoch {epoch}")
+        if epoch == self._max_epochs or trial in self._withdrawn:
+            return False
+        rung = self._rungs[epoch]
+        return self._may_train_on(rung, rung.rank(trial))
+
+    def _was_recorded(self, trial: int, epoch: int) -> bool:
+        if epoch == self._max_epochs:
+            return self._furthest.get(trial) == epoch
+        return epoch in self._rungs and trial in self._rungs[epoch].value_of
+
+    def _rankable(self, trial: int, value: float) -> float:
+        """What a trial is ranked by at a rung."""
+        del trial
+        return value
+
+    def _may_go_on(self, rung: _Rung, rank: int) -> bool:
+        """Whether the trial of this rank may leave the rung. True for a rank is true for every better one."""
+        raise NotImplementedError
+
+    def _may_train_on(self, rung: _Rung, rank: int) -> bool:
+        """The same for a trial that cannot wait for others."""
+        return self._may_go_on(rung, rank)
+
+
+class PromotionAsha(_Ladder):
+    """Asynchronous successive halving: whoever is in the best floor(n/eta) of the n trials at a rung may go on.
+
+    Trials that wait are looked at again whenever the rung grows. A trial that went on may be overtaken by later ones,
+    so that more than floor(n/eta) leave a rung in the end: the price of not waiting. At any moment, though, only a
+    trial within the best floor(n/eta) is given out.
+
+    A trial that cannot be paused trains on while it is in the best floor(n/eta), or the best so far.
+
+    Source: Li et al. 2020, arXiv:1810.05934, algorithm 2.
+    """
+
+    def __init__(self, min_epochs: int, max_epochs: int, reduction_factor: int) -> None:
+        super().__init__(rung_epochs(min_epochs, max_epochs, reduction_factor), max_epochs)
+        self._reduction_factor = reduction_factor
+
+    def _may_go_on(self, rung: _Rung, rank: int) -> bool:
+        return rank < len(rung) // self._reduction_factor
+
+    def _may_train_on(self, rung: _Rung, rank: int) -> bool:
+        return rank < max(1, len(rung) // self._reduction_factor)
+
+
+class SynchronousHalving(_Ladder):
+    """Successive halving: a rung is decided when all of its trials have come, whatever their order.
+
+    How many are expected:
+
+    - The lowest rung waits for `n_trials` different trials. One that is withdrawn before it gets there is waited for
+      no longer and leaves no value: n is the number of values.
+    - Of the n values at a decided rung, the best floor(n/eta) are chosen, and the next rung waits for them. A chosen
+      trial that is withdrawn on the way leaves the next rung one value poorer; nobody takes its place, since whoever
+      did would have to be found out after the others had gone on.
+    - When `n_trials` was raised and the events of the shorter study are replayed, some trials have gone on before
+      their rung was decided; the next rung waits for these as well.
+    - A rung of which none is chosen ends the ladder; `best_paused` carries on from there.
+
+    So who goes on depends on each trial's own values and end alone, for any number of workers. A trial that cannot be
+    paused cannot wait either: for those `keeps_going` compares with the values so far, as PromotionAsha does.
+
+    Source: Jamieson and Talwalkar 2016, arXiv:1502.07943.
+    """
+
+    def __init__(self, min_epochs: int, max_epochs: int, reduction_factor: int, n_trials: int) -> None:
+        super().__init__(rung_epochs(min_epochs, max_epochs, reduction_factor), max_epochs)
+        if n_trials < 1:
+            raise ValueError(f"n_trials must be 1 or more (got {n_trials})")
+        self._reduction_factor = reduction_factor
+        self._n_trials = n_trials
+        self._arrived: set[int] = set()  # at the lowest rung, or withdrawn before it
+        self._n_decided = 0  # rungs, from the lowest
+        self._awaited: set[int] = set()  # by the lowest undecided rung, unless that is the lowest of all
+
+    def record(self, trial: int, epoch: int, value: float) -> None:
+        if len(self._arrived) == self._n_trials and trial not in self._arrived:
+            raise ValueError(f"trial {trial} is one more than the {self._n_trials} trials expected")
+        super().record(trial, epoch, value)
+        self._arrive(trial)
+
+    def withdraw(self, trial: int) -> None:
+        super().withdraw(trial)
+        self._arrive(trial)
+
+    def _arrive(self, trial: int) -> None:
+        """Decides the rungs that waited for nobody but this trial, lowest first."""
+        self._arrived.add(trial)
+        if self._n_decided == 0 and len(self._arrived) >= self._n_trials:
+            self._decide_lowest()
+        elif trial in self._awaited and not self._is_on_its_way(trial):
+            self._awaited.remove(trial)
+        while 0 < self._n_decided < len(self.epochs) and not self._awaited:
+            self._decide_lowest()
+
+    def _decide_lowest(self) -> None:
+        """Decides the lowest undecided rung, if one is left."""
+        for epoch in self.epochs[self._n_decided : self._n_decided + 1]:
+            rung = self._rungs[epoch]
+            self._n_decided += 1
+            chosen = {trial for _, trial in rung.ranking[: len(rung) // self._reduction_factor]}
+            gone = rung.value_of.keys() - {trial for _, trial in rung.paused}
+            self._awaited = {trial for trial in chosen | gone if self._is_on_its_way(trial)}
+
+    def _is_on_its_way(self, trial: int) -> bool:
+        """Whether the lowest undecided rung has still to see the trial."""
+        awaited_at = (*self.epochs, self._max_epochs)[self._n_decided]
+        return trial not in self._withdrawn and self._furthest[trial] < awaited_at
+
+    def _may_go_on(self, rung: _Rung, rank: int) -> bool:
+        is_decided = rung.epoch in self.epochs[: self._n_decided]
+        return is_decided and rank < len(rung) // self._reduction_factor
+
+    def _may_train_on(self, rung: _Rung, rank: int) -> bool:
+        return rank < max(1, len(rung) // self._reduction_factor)
+
+
+class MedianRule(_Ladder):
+    """A trial goes on while its best value so far is not worse than the median of the others' at the same epoch.
+
+    Trials are compared every `min_epochs`. Where fewer than 5 others have been, everyone goes on. A trial that was
+    held back may go on later, when worse ones have come.
+
+    Source: Golovin et al. 2017 (Google Vizier), section 3.2.2, with the others' best in place of their mean.
+    """
+
+    def __init__(self, min_epochs: int, max_epochs: int) -> None:
+        _check_order(min_epochs, max_epochs)
+        super().__init__(range(min_epochs, max_epochs, min_epochs), max_epochs)
+        self._best_of: dict[int, float] = {}
+
+    def _rankable(self, trial: int, value: float) -> float:
+        best = self._best_of[trial] = min(value, self._best_of.get(trial, math.inf))
+        return best
+
+    def _may_go_on(self, rung: _Rung, rank: int) -> bool:
+        n_others = len(rung) - 1
+        if n_others < MEDIAN_GRACE:
+            return True
+        lower, upper = (
+            rung.ranking[place + (place >= rank)][0]  # leaves the trial itself out
+            for place in ((n_others - 1) // 2, n_others // 2)
+        )
+        return rung.ranking[rank][0] <= lower / 2 + upper / 2  # halved first: the sum of two floats may overflow
+
+
+class NoStopping(_Ladder):
+    """Every trial trains to max_epochs at once; nothing is ever paused or compared."""
+
+    def __init__(self, max_epochs: int) -> None:
+        _check_order(1, max_epochs)
+        super().__init__((), max_epochs)
+
+
+def _check_order(min_epochs: int, max_epochs: int) -> None:
+    if not 1 <= min_epochs <= max_epochs:
+        raise ValueError(f"1 <= min_epochs <= max_epochs is needed (got {min_epochs} and {max_epochs})")

@@ -1,0 +1,269 @@
+"""A study as its journal tells it: the fold of all events, and nothing that is not in them.
+
+Everyone who wants to know where a study stands (the study itself, the tracker, `status`, `top`, the verdict) folds the
+same events here. Applying an event costs about the same for the first and the ten-thousandth trial.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from hpsearch.events import (
+    Compared,
+    DataSeen,
+    Ended,
+    Event,
+    Finished,
+    Leased,
+    Opened,
+    RangeMeasured,
+    Returned,
+    Selected,
+    StageBegan,
+    StageEnded,
+    Stopped,
+    TrialDrawn,
+)
+from hpsearch.job import Config, DataInfo, EpochMetrics
+from hpsearch.trial import TrialRecord, TrialState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One line of a journal."""
+
+    seq: int
+    fence: int
+    time: float  # unix time, s
+    event: Event
+
+
+@dataclass(frozen=True, kw_only=True)
+class Improvement:
+    """A best-so-far: the moment a job's result bettered all earlier ones."""
+
+    time: float  # unix time, s
+    epochs: int  # trained in the whole study by then
+    trial: int
+    objective: float  # minimised
+
+
+@dataclass
+class StudyState:
+    """What is known of a study. Only `apply` changes it."""
+
+    opened: Opened | None = None
+    opened_at: float = 0.0  # of the first driver
+    resumed_at: list[float] = field(default_factory=list)  # of each driver, the first included
+    last_at: float = 0.0
+    worked_s: float = 0.0  # seconds that earlier drivers were at work
+    data: DataInfo | None = None
+    trials: dict[int, TrialRecord] = field(default_factory=dict)
+    ranges: list[RangeMeasured] = field(default_factory=list)
+    results: dict[str, Finished] = field(default_factory=dict)  # finished jobs but for training, by key
+    leases: dict[str, Leased] = field(default_factory=dict)  # in workers' hands, by key
+    began: dict[str, float] = field(default_factory=dict)  # stage -> time of its (latest) start
+    stage_s: dict[str, float] = field(default_factory=dict)  # stage -> seconds spent, over all drivers
+    ended_stages: set[str] = field(default_factory=set)
+    n_epochs: int = 0  # trained by all trials together
+    improvements: list[Improvement] = field(default_factory=list)  # best-so-far of the search, in order
+    selected: Selected | None = None
+    compared: Compared | None = None
+    ended: Ended | None = None
+    _metric: str = "val_loss"
+    _sign: float = 1.0
+    _max_epochs: int = 0
+
+    @classmethod
+    def of(cls, entries: Iterable[Entry]) -> StudyState:
+        """The state after these events."""
+        state = cls()
+        for entry in entries:
+            state.apply(entry.event, entry.time)
+        return state
+
+    # What it means
+
+    @property
+    def name(self) -> str:
+        return self.opened.study if self.opened else ""
+
+    @property
+    def uid(self) -> str:
+        return self.opened.uid if self.opened else ""
+
+    @property
+    def stage(self) -> str:
+        """The stage that began last and has not ended, "" between stages."""
+        running = [name for name in self.began if name not in self.ended_stages]
+        return running[-1] if running else ""
+
+    @property
+    def search_ended(self) -> bool:
+        return "search" in self.ended_stages
+
+    @property
+    def done(self) -> bool:
+        return self.ended is not None and self.ended.reason == "done"
+
+    def ranking(self) -> list[TrialRecord]:
+        """All trials, best first; diverged and failed last."""
+        return sorted(self.trials.values(), key=lambda trial: trial.sort_key)
+
+    def best(self) -> TrialRecord | None:
+        """The best usable trial."""
+        return min((t for t in self.trials.values() if t.usable), key=lambda t: t.sort_key, default=None)
+
+    def counts(self) -> dict[TrialState, int]:
+        counts = dict.fromkeys(TrialState, 0)
+        for trial in self.trials.values():
+            counts[trial.state] += 1
+        return counts
+
+    def objective(self, metrics: dict[str, float]) -> float:
+        """The study's metric of one epoch, turned so that smaller is better.
+
+        Raises:
+            KeyError: the metric is not among them.
+        """
+        return self._sign * metrics[self._metric]
+
+    def range_of(self, branch: Config) -> RangeMeasured | None:
+        """The learning-rate range of a branch, None before it is measured."""
+        return next((r for r in self.ranges if r.branch == branch), None)
+
+    # How it changes
+
+    def apply(self, event: Event, time: float) -> None:
+        """Take one more event into account."""
+        before, self.last_at = self.last_at, time
+        match event:
+            case Opened():
+                self._open(event, time, before)
+            case DataSeen():
+                self.data = data_info(dict(event.info))
+            case StageBegan(stage=stage):
+                self.began.pop(stage, None)
+                self.began[stage] = time
+                self.ended_stages.discard(stage)
+                self._mark_search()
+            case StageEnded(stage=stage):
+                self.stage_s[stage] = self.stage_s.get(stage, 0.0) + time - self.began.get(stage, time)
+                self.ended_stages.add(stage)
+                self._mark_search()
+            case RangeMeasured():
+                self.ranges.append(event)
+            case TrialDrawn():
+                self.trials[event.trial] = TrialRecord(
+                    number=event.trial,
+                    config=event.config,
+                    seed=event.seed,
+                    max_epochs=self._max_epochs,
+                    drawn_at=time,
+                )
+            case Leased():
+                self._lease(event, time)
+            case Returned(key=key):
+                self._release(key)
+            case Finished():
+                self._finish(event, time)
+            case Stopped(trial=number):
+                self.trials[number].let_go = True
+                self.trials[number].ended_at = time
+            case Selected():
+                self.selected = event
+            case Compared():
+                self.compared = event
+            case Ended():
+                self.ended = event
+
+    def _open(self, event: Opened, time: float, last_at: float) -> None:
+        spec = event.spec
+        metric = spec.get("metric")
+        stopping = spec.get("early_stopping")
+        if isinstance(metric, dict):
+            self._metric = str(metric.get("name", "val_loss"))
+            self._sign = -1.0 if metric.get("goal") == "maximize" else 1.0
+        if isinstance(stopping, dict):
+            self._max_epochs = int(stopping["max_epochs"])
+        if self.opened is None:
+            self.opened_at = time
+        else:
+            # Time between two drivers counts for nobody: a stage that was under way begins anew.
+            self.worked_s += last_at - self.resumed_at[-1]
+            for stage in [name for name in self.began if name not in self.ended_stages]:
+                self.stage_s[stage] = self.stage_s.get(stage, 0.0) + last_at - self.began.pop(stage)
+        self.opened = event
+        self.resumed_at.append(time)
+        self.ended = None
+        for trial in self.trials.values():
+            trial.max_epochs = self._max_epochs
+
+    def _mark_search(self) -> None:
+        ended = self.search_ended
+        for trial in self.trials.values():
+            trial.search_ended = ended
+
+    def _lease(self, event: Leased, time: float) -> None:
+        self.leases[event.key] = event
+        if event.trial is not None:
+            trial = self.trials[event.trial]
+            trial.leased = event.key
+            trial.leased_to = event.worker
+            trial.target = event.to_epoch
+            trial.worker = event.worker
+            if trial.started_at is None:
+                trial.started_at = time
+
+    def _release(self, key: str) -> None:
+        lease = self.leases.pop(key, None)
+        if lease is not None and lease.trial is not None:
+            self.trials[lease.trial].leased = None
+            self.trials[lease.trial].leased_to = None
+
+    def _finish(self, event: Finished, time: float) -> None:
+        self._release(event.key)
+        if event.trial is None:
+            self.results[event.key] = event
+            return
+        trial = self.trials[event.trial]
+        trial.ended_at = time
+        for epoch, metrics, seconds in event.epochs:
+            if epoch > trial.epoch:
+                self.n_epochs += 1
+                self._learn(trial, EpochMetrics(epoch=epoch, metrics=metrics, seconds=seconds))
+        match event.outcome:
+            case "done" | "diverged":
+                checkpoint, best = event.values.get("checkpoint"), event.values.get("best_checkpoint")
+                trial.checkpoint = None if checkpoint is None else str(checkpoint)
+                trial.best_checkpoint = trial.best_checkpoint if best is None else str(best)
+                trial.diverged = event.outcome == "diverged"
+            case _:
+                trial.crashes += 1
+        trial.message, trial.frame = event.message, event.frame
+        if event.outcome == "done":
+            self._compare_with_best(trial, time)
+        # One retry with the same seed: a second crash of the same trial is no accident.
+        trial.failed = trial.crashes > 1
+
+    def _compare_with_best(self, trial: TrialRecord, time: float) -> None:
+        value = trial.best_objective
+        if value is not None and (not self.improvements or value < self.improvements[-1].objective):
+            self.improvements.append(Improvement(time=time, epochs=self.n_epochs, trial=trial.number, objective=value))
+
+    def _learn(self, trial: TrialRecord, row: EpochMetrics) -> None:
+        trial.curve.append(row)
+        if self._metric not in row.metrics:
+            return
+        value = self.objective(row.metrics)
+        if value - value == 0.0 and (trial.best_objective is None or value < trial.best_objective):
+            trial.best_objective, trial.best_epoch = value, row.epoch
+
+
+def data_info(fields: dict[str, object]) -> DataInfo:
+    """DataInfo from its JSON form."""
+    known = {f.name for f in dataclasses.fields(DataInfo)}
+    body = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k in known}
+    return DataInfo(**body)  # type: ignore[arg-type]

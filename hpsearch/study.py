@@ -1,0 +1,400 @@
+"""The study: gives out jobs, records results. One per launch, the only writer of the journal.
+
+Workers pull jobs and push results, from threads or from Ray actors. What is pushed counts when it is on disk: a keeper
+thread writes the blobs, then the journal, in batches, and only then is the state told; so nobody who asks for work waits
+for a disk. Every decision is taken by a stage; this module owns what stages must not: the lock, the clock, the leases.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import queue
+import threading
+import time as time_module
+from collections.abc import Callable, Sequence
+
+from hpsearch.blobs import BlobStore
+from hpsearch.budget import Budget, Spent, exhausted
+from hpsearch.errors import HpsearchError
+from hpsearch.events import DataSeen, Ended, Event, Finished, Leased, Returned, StageBegan, StageEnded
+from hpsearch.job import Assignment, DataInfo, Job, Result, TrainJob
+from hpsearch.journal import Journal
+from hpsearch.stages import Stage
+from hpsearch.stages.search import Search
+from hpsearch.state import Entry, StudyState
+from hpsearch.triage import Crash, common_crash, no_usable_trial
+
+FIRST_LEASE_S = 3600.0  # before any epoch was measured: compilation, first batches, downloads
+LEASE_EPOCHS = 10.0  # a lease without progress lasts this many of the slowest epoch seen, at least:
+SHORTEST_LEASE_S = 120.0
+COMMIT_EVERY_S = 0.5  # leases reach the disk at least this often; results at once
+CRASHES_TO_STOP = 3  # jobs that end by the same traceback before the study is stopped
+
+
+class Study:
+    """One study, open for work."""
+
+    def __init__(
+        self,
+        *,
+        journal: Journal,
+        state: StudyState,
+        stages: Sequence[Stage],
+        blobs: BlobStore,
+        budget: Budget | None = None,
+        clock: Callable[[], float] = time_module.monotonic,
+        background: bool = True,
+    ) -> None:
+        """
+        Args:
+            state: after the journal's entries and this driver's Opened event; `stages` were told the same.
+            background: a thread keeps results; False: `push` does, and returns when they count (one worker at a time).
+        """
+        self._journal = journal
+        self._state = state
+        self._stages = list(stages)
+        self._blobs = blobs
+        self._budget = budget or Budget()
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._workers: dict[str, DataInfo] = {}
+        self._progress: dict[str, float] = {}  # key -> clock at the last sign of progress
+        self._slowest_epoch_s = 0.0
+        self._pushed: set[str] = set()  # keys whose result is being kept
+        self._crashes: list[Crash] = []
+        self._began_at = clock()
+        # What earlier drivers spent counts too.
+        self._job_s = sum(row.seconds for trial in state.trials.values() for row in trial.curve)
+        self._epochs = sum(trial.epoch for trial in state.trials.values())
+        self._failure: HpsearchError | None = None
+        self._ended = False
+        with self._changed:
+            for lease in list(state.leases.values()):
+                self._record(Returned(key=lease.key, worker=lease.worker, reason="the driver went"))
+            for stage in self._stages:
+                if stage.name in state.ended_stages and not stage.finished():
+                    self._record(StageBegan(stage=stage.name))  # the study has grown since
+            self._advance()
+        self._inbox: queue.SimpleQueue[list[tuple[str, Result]] | None] = queue.SimpleQueue()
+        self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True) if background else None
+        if self._keeper is not None:
+            self._keeper.start()
+        else:
+            self._journal.commit()
+
+    # What workers call
+
+    def hello(self, worker: str, info: DataInfo) -> Assignment:
+        """A worker is there, with its data. What an earlier worker of this name held is given out again.
+
+        The answer has an `error` when its data differ from those of the first worker.
+        """
+        with self._changed:
+            self._let_go(worker, "its worker was restarted")
+            known = self._state.data
+            if known is None:
+                self._record(DataSeen(info=dataclasses.asdict(info)))
+                self._advance()
+            elif known.fingerprint != info.fingerprint:
+                return Assignment(
+                    error=f"worker {worker} loaded other data than the study's (rows {info.n_rows}, study {known.n_rows})"
+                )
+            self._workers[worker] = info
+            self._changed.notify_all()
+        self._commit_now()
+        return Assignment()
+
+    def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0) -> Assignment:
+        """Up to `slots` jobs; empty when `timeout_s` passed without one."""
+        deadline = self._clock() + timeout_s
+        with self._changed:
+            while True:
+                if self._ended:
+                    return Assignment(ended=True)
+                self._expire_leases()
+                self._watch_budget()
+                jobs = self._give(worker, slots)
+                if self._keeper is None:
+                    self._commit_now()
+                left = deadline - self._clock()
+                if jobs or left <= 0 or self._ended:
+                    return Assignment(jobs=jobs, ended=self._ended)
+                self._changed.wait(min(left, 1.0))
+
+    def push(self, worker: str, results: Sequence[Result]) -> None:
+        """Results of a worker's jobs. A second copy of a result is ignored."""
+        if self._keeper is not None:
+            self._inbox.put([(worker, result) for result in results])
+        else:
+            self._take_in([(worker, result) for result in results])
+
+    def progress(self, key: str) -> None:
+        """A job is alive: an epoch, or some of its batches, are done."""
+        with self._changed:
+            if key in self._progress:
+                self._progress[key] = self._clock()
+
+    def fetch(self, ref: str) -> bytes:
+        """A blob's content."""
+        return self._blobs.read(ref)
+
+    def lost(self, worker: str, reason: str = "its worker was lost") -> None:
+        """A worker is gone: its jobs are given out again."""
+        with self._changed:
+            self._let_go(worker, reason)
+            self._changed.notify_all()
+
+    def broken(self, worker: str, error: HpsearchError) -> None:
+        """A worker could not begin: the task does not load, or its data cannot be trained on."""
+        self._fail(error)
+
+    # What the driver calls
+
+    @property
+    def state(self) -> StudyState:
+        """The study as it stands; read it from the driver's thread of a local study only."""
+        return self._state
+
+    @property
+    def failure(self) -> HpsearchError | None:
+        """Why the study stopped early, None while all is well."""
+        return self._failure
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will be given out."""
+        return self._ended
+
+    def stop(self, reason: str) -> None:
+        """Give out no more jobs. What has been pushed is kept; what is being trained is given out again on resume."""
+        with self._changed:
+            self._finish(reason)
+
+    def close(self) -> None:
+        """Keep what was pushed, and let the journal go."""
+        if not self._ended:
+            self.stop("interrupted")
+        if self._keeper is not None:
+            self._inbox.put(None)
+            self._keeper.join()
+        self._journal.close()
+
+    # Giving out
+
+    def _give(self, worker: str, slots: int) -> tuple[Job, ...]:
+        jobs: list[Job] = []
+        while len(jobs) < slots:
+            job = self._next_job(worker)
+            if job is None:
+                break
+            self._lease(job, worker)
+            jobs.append(job)
+        return tuple(jobs)
+
+    def _next_job(self, worker: str) -> Job | None:
+        for stage in self._open_stages():
+            job = stage.next_job(worker)
+            if job is not None:
+                if stage.name not in self._state.began or stage.name in self._state.ended_stages:
+                    self._record(StageBegan(stage=stage.name))
+                return job
+        return None
+
+    def _open_stages(self) -> list[Stage]:
+        """The first stage that is not through; with it the search, whose trials need not all wait for a range."""
+        rest = [stage for stage in self._stages if not self._through(stage)]
+        return rest[:2] if [s.name for s in rest[:2]] == ["lr_range", "search"] else rest[:1]
+
+    def _through(self, stage: Stage) -> bool:
+        return stage.name in self._state.ended_stages
+
+    def _lease(self, job: Job, worker: str) -> None:
+        for stage in self._stages:
+            drawn = stage.drawn(job) if isinstance(stage, Search) else None
+            if drawn is not None:
+                self._record(drawn)
+        if isinstance(job, TrainJob):
+            event = Leased(
+                key=job.key, worker=worker, trial=job.trial, from_epoch=job.from_epoch, to_epoch=job.to_epoch
+            )
+        else:
+            event = Leased(key=job.key, worker=worker)
+        self._record(event)
+        self._progress[job.key] = self._clock()
+
+    def _let_go(self, worker: str, reason: str) -> None:
+        held = [key for key, lease in self._state.leases.items() if lease.worker == worker]
+        for key in held:
+            self._return(key, reason)
+        for stage in self._stages:
+            stage.lost(worker)
+
+    def _return(self, key: str, reason: str) -> None:
+        if key not in self._pushed:
+            self._record(Returned(key=key, worker=self._state.leases[key].worker, reason=reason))
+            self._progress.pop(key, None)
+
+    def _expire_leases(self) -> None:
+        limit = max(SHORTEST_LEASE_S, LEASE_EPOCHS * self._slowest_epoch_s) if self._slowest_epoch_s else FIRST_LEASE_S
+        now = self._clock()
+        for key in [key for key, at in self._progress.items() if now - at > limit]:
+            self._return(key, f"no progress for {limit:.0f} s")
+
+    def _watch_budget(self) -> None:
+        spent = Spent(
+            hours=(self._state.worked_s + self._clock() - self._began_at) / 3600,
+            worker_hours=self._job_s / 3600,
+            epochs=self._epochs,
+            disk_bytes=self._blobs.n_bytes(),
+        )
+        if exhausted(self._budget, spent):
+            for stage in self._stages:
+                if isinstance(stage, Search):
+                    stage.end_budget()
+            self._advance()
+
+    # Taking in
+
+    def _keep(self) -> None:
+        """The keeper thread: results in, in batches, each on disk before it counts."""
+        while True:
+            try:
+                batch = self._inbox.get(timeout=COMMIT_EVERY_S)
+            except queue.Empty:
+                self._commit_now()
+                continue
+            if batch is None:
+                return
+            while not self._inbox.empty():
+                more = self._inbox.get()
+                if more is None:
+                    self._inbox.put(None)
+                    break
+                batch += more
+            try:
+                self._take_in(batch)
+            except HpsearchError as error:
+                self._fail(error)
+
+    def _take_in(self, batch: list[tuple[str, Result]]) -> None:
+        with self._changed:
+            fresh = []
+            for worker, result in batch:
+                if result.key in self._state.leases and result.key not in self._pushed:
+                    self._pushed.add(result.key)
+                    fresh.append((worker, result))
+        for _, result in fresh:
+            self._blobs.keep(result.blobs)
+        with self._changed:
+            entries = [self._journal.append(_finished(worker, result, self._state)) for worker, result in fresh]
+        self._journal.commit()
+        with self._changed:
+            for entry, (_, result) in zip(entries, fresh, strict=True):
+                self._drop_replaced(entry.event)
+                self._apply(entry)
+                self._pushed.discard(result.key)
+                self._progress.pop(result.key, None)
+                self._job_s += result.seconds
+                self._epochs += len(result.epochs)
+                self._slowest_epoch_s = max([self._slowest_epoch_s, *(row.seconds for row in result.epochs)])
+                assert isinstance(entry.event, Finished)
+                self._look_for_common_crash(entry.event)
+            self._advance()
+            self._changed.notify_all()
+        self._commit_now()
+
+    def _drop_replaced(self, event: Event) -> None:
+        """Checkpoints that this result makes useless: a trial keeps its last and its best."""
+        if not isinstance(event, Finished) or event.trial is None or event.outcome != "done":
+            return
+        trial = self._state.trials[event.trial]
+        new = {event.values.get("checkpoint"), event.values.get("best_checkpoint") or trial.best_checkpoint}
+        for ref in {trial.checkpoint, trial.best_checkpoint} - new:
+            if ref is not None:
+                self._blobs.drop(ref)
+
+    def _look_for_common_crash(self, event: Finished) -> None:
+        if event.outcome == "crashed":
+            subject = event.key if event.trial is None else str(event.trial)
+            self._crashes.append(Crash(subject=subject, message=event.message, frame=event.frame))
+            error = common_crash(self._crashes, CRASHES_TO_STOP)
+            if error is not None:
+                self._fail_locked(error)
+
+    # Going on
+
+    def _advance(self) -> None:
+        """Record what follows from what is known, and end the stages that are through."""
+        if self._ended:
+            return
+        moved = True
+        while moved and not self._ended:
+            moved = False
+            open_stages = self._open_stages()
+            if not open_stages:
+                self._end_study()
+                return
+            for stage in open_stages:
+                for event in stage.conclude():
+                    self._record(event)
+                    moved = True
+            first = open_stages[0]
+            if self._state.data is not None and first.finished():
+                if first.name not in self._state.began:
+                    self._record(StageBegan(stage=first.name))
+                self._record(StageEnded(stage=first.name))
+                moved = True
+
+    def _end_study(self) -> None:
+        if any(stage.name == "search" for stage in self._stages) and self._state.best() is None:
+            self._fail_locked(no_usable_trial(self._state), reason="no usable trial")
+        else:
+            self._finish("done")
+
+    def _record(self, event: Event) -> None:
+        self._apply(self._journal.append(event))
+
+    def _apply(self, entry: Entry) -> None:
+        self._state.apply(entry.event, entry.time)
+        for stage in self._stages:
+            stage.apply(entry.event)
+
+    def _commit_now(self) -> None:
+        try:
+            self._journal.commit()
+        except HpsearchError as error:
+            self._fail(error)
+
+    def _fail(self, error: HpsearchError) -> None:
+        with self._changed:
+            self._fail_locked(error)
+
+    def _fail_locked(self, error: HpsearchError, reason: str = "failed") -> None:
+        if self._failure is None and not self._ended:
+            self._failure = error
+            self._finish(reason, str(error))
+
+    def _finish(self, reason: str, message: str = "") -> None:
+        if not self._ended:
+            self._ended = True
+            self._record(Ended(reason=reason, message=message))
+            self._changed.notify_all()
+            with contextlib.suppress(HpsearchError):  # of a full disk the driver is told by `failure`
+                self._journal.commit()
+
+
+def _finished(worker: str, result: Result, state: StudyState) -> Finished:
+    """The event of a result; its blobs are named, not held, in it."""
+    return Finished(
+        key=result.key,
+        worker=worker,
+        outcome=result.outcome,
+        trial=state.leases[result.key].trial,
+        values=result.values,
+        epochs=tuple((row.epoch, row.metrics, row.seconds) for row in result.epochs),
+        message=result.message,
+        frame=result.frame,
+        traceback=result.traceback,
+        seconds=round(result.seconds, 4),
+    )

@@ -1,0 +1,126 @@
+"""The worker: pulls jobs, runs them, pushes results.
+
+How a job is run is the executor's business (torch's, or a fake), how the study is reached the client's (a method call, or
+a Ray actor). What is left is this loop.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+from hpsearch.errors import ClusterError, HpsearchError
+from hpsearch.job import Assignment, DataInfo, Job, Result
+
+PULL_S = 10.0  # how long one question for work may stay open
+SHORT_JOB_S = 0.25  # after jobs shorter than this the next is asked for ahead, so that nobody waits for the answer
+
+
+class StudyClient(Protocol):
+    """The study, as a worker sees it."""
+
+    def hello(self, worker: str, info: DataInfo) -> Assignment: ...
+    def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0) -> Assignment: ...
+    def push(self, worker: str, results: Sequence[Result]) -> None: ...
+    def progress(self, key: str) -> None: ...
+    def fetch(self, ref: str) -> bytes: ...
+    def broken(self, worker: str, error: HpsearchError) -> None: ...
+
+
+class Executor(Protocol):
+    """Runs jobs. Speaks of several at once: jobs of one group may share a program, a lane each."""
+
+    def describe(self) -> DataInfo:
+        """Load the data and tell what they are.
+
+        Raises:
+            HpsearchError: the task or its data cannot be used.
+        """
+
+    def run(
+        self, jobs: Sequence[Job], fetch: Callable[[str], bytes], progress: Callable[[str, int], None]
+    ) -> Iterator[Result]:
+        """One result per job, as each ends. What a user's code or a config can cause is an outcome, not an exception."""
+
+
+class Worker:
+    """One worker's loop."""
+
+    def __init__(self, name: str, client: StudyClient, make_executor: Callable[[], Executor], *, slots: int = 1) -> None:
+        self._name = name
+        self._client = client
+        self._make_executor = make_executor
+        self._slots = slots
+        self._executor: Executor | None = None
+        self._last_job_s = float("inf")
+
+    def begin(self) -> bool:
+        """Load the task and its data, and announce both. False: the study refused, and knows why."""
+        try:
+            self._executor = self._make_executor()
+            answer = self._client.hello(self._name, self._executor.describe())
+        except HpsearchError as error:
+            self._client.broken(self._name, error)
+            return False
+        except Exception as error:  # a bug of ours must end the study with a word, not hang it
+            self._client.broken(self._name, internal_error(error))
+            return False
+        if answer.error:
+            self._client.broken(
+                self._name,
+                ClusterError(answer.error, hint="seed every random choice in Task.data(), so that all workers see one split"),
+            )
+            return False
+        return True
+
+    def run(self) -> None:
+        """Work until the study has ended or is gone."""
+        try:
+            if self.begin():
+                while self.step(timeout_s=PULL_S):
+                    pass
+        except ClusterError:
+            return  # the study is gone; what was not pushed will be given out again
+
+    def step(self, timeout_s: float = 0.0) -> bool:
+        """Ask once, run what is given. False: the study has ended."""
+        assignment = self._client.pull(self._name, self._slots, timeout_s)
+        if assignment.jobs:
+            if self._last_job_s < SHORT_JOB_S and isinstance(self._client, LooksAhead):
+                self._client.look_ahead(self._name, self._slots, timeout_s)
+            self._run(assignment.jobs)
+        return not assignment.ended
+
+    def _run(self, jobs: tuple[Job, ...]) -> None:
+        assert self._executor is not None
+        start = time.perf_counter()
+        try:
+            for result in self._executor.run(jobs, self._client.fetch, self._tell_progress):
+                self._client.push(self._name, (result,))
+        except HpsearchError:
+            raise
+        except Exception as error:
+            self._client.broken(self._name, internal_error(error))
+            raise ClusterError("the worker met an internal error") from error
+        self._last_job_s = time.perf_counter() - start
+
+    def _tell_progress(self, key: str, epoch: int) -> None:
+        self._client.progress(key)
+
+
+class LooksAhead:
+    """A client that can ask for the next jobs while the present ones run."""
+
+    def look_ahead(self, worker: str, slots: int, timeout_s: float) -> None:
+        """Ask now; the next `pull` takes the answer."""
+        raise NotImplementedError  # abstract: each client has its own way to ask
+
+
+def internal_error(error: Exception) -> HpsearchError:
+    """A defect of hpsearch itself, with the traceback that a report of it needs."""
+    text = "".join(traceback.format_exception(error))
+    return HpsearchError(
+        f"internal error: {type(error).__name__}: {error}", hint=f"please report this, with what follows\n{text}"
+    )

@@ -1,0 +1,61 @@
+"""What every test may count on: quiet libraries, no one's real MLflow or Ray, and markers that skip with their reason.
+
+The environment is set here, before any test imports a library that reads it, so `pytest` alone and `./scripts/test` run
+the same tests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# A developer's own server or cluster is no place for tests.
+for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID", "RAY_ADDRESS"):
+    os.environ.pop(name, None)
+
+os.environ.update(
+    OMP_NUM_THREADS="1",  # workers share the cores; also what makes "to the bit" hold
+    MPLBACKEND="agg",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_AUTH_MODE="token",
+    RAY_AUTH_TOKEN=secrets.token_hex(32),  # else Ray writes one into the user's home
+    NO_COLOR="1",  # whole messages are compared
+    COLUMNS="200",  # and must not be wrapped
+)
+
+# Properties get the same examples every time, so a red build is red again; a cold import is no reason to fail.
+settings.register_profile("hpsearch", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("hpsearch")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, and say why."""
+    if not any(item.get_closest_marker("gpu") for item in items):
+        return
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        if torch.cuda.is_available():
+            return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(no_gpu)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout: where space.yaml files, scripts and documents are."""
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def data_folder(repository: Path) -> Path:
+    """Where real data may lie that the project does not ship: `shared/data` beside the checkout, there or not."""
+    return repository.parent / "shared" / "data"

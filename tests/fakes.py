@@ -1,0 +1,125 @@
+"""Fake workers: executors that answer from synthetic curves, so that whole studies run in milliseconds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save
+
+from hpsearch.job import (
+    DataInfo,
+    EpochMetrics,
+    EvaluateJob,
+    ExportJob,
+    Job,
+    ProbeJob,
+    RampJob,
+    Result,
+    TrainJob,
+)
+from hpsearch.sampler import Sampler, SobolSampler
+from hpsearch.spec import Spec
+
+N_ROWS, N_CLASSES = 120, 3
+
+
+def val_loss(config: dict[str, object], epoch: int) -> float:
+    """A curve that falls with epochs towards a floor set by how far lr is from 0.01."""
+    distance = abs(math.log10(float(str(config.get("lr", 0.01)))) + 2)
+    return 0.1 + 0.2 * distance + 1.0 / (epoch + 1)
+
+
+class FakeExecutor:
+    """Answers every job from its own fields alone, as a real one must."""
+
+    def __init__(self, *, diverge_above: float = math.inf, crash: Callable[[TrainJob], str] | None = None) -> None:
+        self._diverge_above = diverge_above
+        self._crash = crash
+        self.ran: list[str] = []
+
+    def describe(self) -> DataInfo:
+        return DataInfo(
+            fingerprint="fake",
+            test_fingerprint="fake-test",
+            n_rows={"train": 300, "val": N_ROWS, "ensemble": N_ROWS, "test": N_ROWS},
+            outputs="logits",
+            n_classes=N_CLASSES,
+            input_shape=(4,),
+            input_dtype="float32",
+            metrics=("val_loss", "val_accuracy"),
+        )
+
+    def run(
+        self, jobs: Sequence[Job], fetch: Callable[[str], bytes], progress: Callable[[str, int], None]
+    ) -> Iterator[Result]:
+        for job in jobs:
+            self.ran.append(job.key)
+            match job:
+                case RampJob():
+                    yield self._ramp(job)
+                case ProbeJob():
+                    yield Result(key=job.key, values={"losses": [1.0] * job.steps, "batch_size": 32, "epochs": 1.0})
+                case TrainJob():
+                    yield self._train(job)
+                case EvaluateJob():
+                    yield self._evaluate(job)
+                case ExportJob():
+                    yield Result(key=job.key, values={"members": {}, "input_shape": [4], "input_dtype": "float32"})
+
+    def _ramp(self, job: RampJob) -> Result:
+        lrs = np.geomspace(job.lr_min, job.lr_max, job.steps)
+        losses = [1.0 + 0.3 * (math.log10(lr) + 1) ** 2 for lr in lrs]
+        return Result(key=job.key, values={"losses": losses, "batch_size": 32, "epochs": 1.0})
+
+    def _train(self, job: TrainJob) -> Result:
+        message = self._crash(job) if self._crash else ""
+        if message:
+            return Result(key=job.key, outcome="crashed", message=message, frame="task.py:7 in model")
+        epochs = []
+        for epoch in range(job.from_epoch + 1, job.to_epoch + 1):
+            loss = val_loss(job.config, epoch)
+            epochs.append(EpochMetrics(epoch=epoch, metrics={"val_loss": loss, "val_accuracy": 1 - loss / 3}, seconds=0.1))
+        if float(str(job.config.get("lr", 0.0))) > self._diverge_above:
+            return Result(key=job.key, outcome="diverged", message="val_loss is nan")
+        ref = f"checkpoints/trial-{job.trial:04d}-e{job.to_epoch:04d}.safetensors"
+        return Result(
+            key=job.key,
+            values={"checkpoint": ref, "best_checkpoint": ref, "resumable": True},
+            epochs=tuple(epochs),
+            blobs={ref: job.key.encode()},
+            seconds=0.1,
+        )
+
+    def _evaluate(self, job: EvaluateJob) -> Result:
+        targets = np.arange(N_ROWS) % N_CLASSES
+        mean = np.zeros((N_ROWS, N_CLASSES))
+        for member in job.members:
+            noise = np.random.default_rng([member.trial]).random((N_ROWS, N_CLASSES))
+            probs = noise + 1.5 * np.eye(N_CLASSES)[targets]
+            mean += member.weight * probs / probs.sum(axis=1, keepdims=True)
+        rows = -np.log(mean[np.arange(N_ROWS), targets])
+        right = (mean.argmax(axis=1) == targets).astype(np.float64)
+        name = "predictions/" + job.key.replace("/", "-").replace("*", "x") + ".safetensors"
+        blobs = {f"{name}.rows": save({"loss": rows, "accuracy": right})}
+        values: dict[str, object] = {
+            "metrics": {"loss": float(rows.mean()), "accuracy": float(right.mean())},
+            "n_rows": N_ROWS,
+            "row_scores": f"{name}.rows",
+            "predictions": None,
+            "targets": None,
+        }
+        if job.keep_predictions:
+            blobs[name] = save({"predictions": mean.astype(np.float32), "targets": targets})
+            values |= {"predictions": name, "targets": name}
+        return Result(key=job.key, values=values, blobs=blobs)
+
+
+def make_sampler(spec: Spec) -> Sampler:
+    return SobolSampler(spec.space, spec.seed)
+
+
+def make_executor(spec: Spec, folder: Path) -> FakeExecutor:
+    return FakeExecutor()

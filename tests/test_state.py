@@ -1,0 +1,124 @@
+"""The state of a study is the fold of its events, and nothing else."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from hpsearch.events import (
+    Ended,
+    Event,
+    Finished,
+    Leased,
+    Opened,
+    Returned,
+    StageBegan,
+    StageEnded,
+    Stopped,
+    TrialDrawn,
+)
+from hpsearch.state import StudyState
+from hpsearch.trial import TrialState
+
+SPEC = {"metric": {"name": "val_loss", "goal": "minimize"}, "early_stopping": {"max_epochs": 9}}
+OPENED = Opened(study="s", uid="u", spec=SPEC, spec_text="")
+
+
+def state_after(*events: Event) -> StudyState:
+    state = StudyState()
+    for time, event in enumerate((OPENED, *events)):
+        state.apply(event, float(time))
+    return state
+
+
+def drawn(trial: int) -> TrialDrawn:
+    return TrialDrawn(trial=trial, config={"lr": 0.1}, seed=trial)
+
+
+def leased(trial: int, start: int, end: int) -> Leased:
+    return Leased(key=f"train/{trial}/{start}-{end}", worker="w", trial=trial, from_epoch=start, to_epoch=end)
+
+
+def finished(trial: int, start: int, end: int, loss: float = 0.5, outcome: str = "done") -> Finished:
+    ref = f"checkpoints/{trial}-{end}"
+    return Finished(
+        key=f"train/{trial}/{start}-{end}",
+        worker="w",
+        outcome=outcome,  # type: ignore[arg-type]
+        trial=trial,
+        values={"checkpoint": ref, "best_checkpoint": ref} if outcome == "done" else {},
+        epochs=tuple((epoch, {"val_loss": loss}, 0.1) for epoch in range(start + 1, end + 1) if outcome != "crashed"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("events", "expected"),
+    [
+        ([], TrialState.WAITING),
+        ([leased(0, 0, 3)], TrialState.RUNNING),
+        ([leased(0, 0, 3), Returned(key="train/0/0-3", worker="w", reason="lost")], TrialState.WAITING),
+        ([leased(0, 0, 3), finished(0, 0, 3)], TrialState.PAUSED),
+        ([leased(0, 0, 3), finished(0, 0, 3), StageEnded(stage="search")], TrialState.STOPPED),
+        ([leased(0, 0, 3), finished(0, 0, 3), Stopped(trial=0)], TrialState.STOPPED),
+        ([leased(0, 0, 9), finished(0, 0, 9)], TrialState.COMPLETE),
+        ([leased(0, 0, 3), finished(0, 0, 3, outcome="diverged")], TrialState.DIVERGED),
+        ([leased(0, 0, 3), finished(0, 0, 3, outcome="crashed")], TrialState.WAITING),
+        ([leased(0, 0, 3), finished(0, 0, 3, outcome="crashed")] * 2, TrialState.FAILED),
+    ],
+)
+def test_state_of_a_trial_follows_from_its_events(events: list[Event], expected: TrialState) -> None:
+    assert state_after(drawn(0), *events).trials[0].state is expected
+
+
+def test_search_that_goes_on_makes_stopped_trials_paused_again() -> None:
+    events = [drawn(0), leased(0, 0, 3), finished(0, 0, 3), StageEnded(stage="search"), StageBegan(stage="search")]
+    assert state_after(*events).trials[0].state is TrialState.PAUSED
+
+
+def test_best_epoch_is_the_first_of_equals() -> None:
+    trial = state_after(drawn(0), leased(0, 0, 3), finished(0, 0, 3)).trials[0]
+    assert (trial.best_epoch, trial.best_objective, trial.epoch) == (1, 0.5, 3)
+
+
+def test_nan_never_becomes_the_best() -> None:
+    trial = state_after(drawn(0), leased(0, 0, 3), finished(0, 0, 3, loss=math.nan)).trials[0]
+    assert trial.best_objective is None
+
+
+def test_maximised_metric_is_turned_around() -> None:
+    spec = {"metric": {"name": "val_accuracy", "goal": "maximize"}, "early_stopping": {"max_epochs": 9}}
+    state = StudyState()
+    state.apply(Opened(study="s", uid="u", spec=spec, spec_text=""), 0.0)
+    assert state.objective({"val_accuracy": 0.9}) == -0.9
+
+
+def test_ranking_puts_diverged_last_and_breaks_ties_by_number() -> None:
+    state = state_after(
+        *(drawn(i) for i in range(4)),
+        *(leased(i, 0, 1) for i in range(4)),
+        finished(3, 0, 1, loss=0.2),
+        finished(2, 0, 1, loss=0.2),
+        finished(1, 0, 1, loss=0.1, outcome="diverged"),
+        finished(0, 0, 1, loss=0.3),
+    )
+    assert [trial.number for trial in state.ranking()] == [2, 3, 0, 1]
+    best = state.best()
+    assert best is not None
+    assert best.number == 2
+
+
+def test_time_between_two_drivers_counts_for_no_stage() -> None:
+    state = StudyState()
+    for time, event in [
+        (0.0, OPENED),
+        (1.0, StageBegan(stage="search")),
+        (5.0, Ended(reason="interrupted")),
+        (1000.0, OPENED),
+        (1001.0, StageBegan(stage="search")),
+        (1003.0, StageEnded(stage="search")),
+    ]:
+        state.apply(event, time)
+    assert state.stage_s["search"] == 6.0
+    assert state.worked_s == 5.0
+    assert state.ended is None
