@@ -178,25 +178,19 @@ def confirm_range(
 ) -> LrMeasurement:
     """The measurement corrected by constant rates: the best of them is the new suggestion.
 
-    A probe's score is the mean of its last quarter of losses, then the median over its seeds; a seed that diverged
-    scores +inf. The lowest score wins (ties: the lowest rate). The interval is widened to cover the ramps' answer and
+    The lowest of `probe_scores` wins (ties: the lowest rate). The interval is widened to cover the ramps' answer and
     the probes'. It is sure when the best probe has worse ones on either side. When every probe diverged the
     measurement comes back as it was, and not sure.
 
     Args:
         measurement: the ramps' answer.
-        probes: per rate, the raw losses of each seed; one that is short or not finite diverged.
-        steps: losses of a probe that ran to its end; the longest seen when not told.
+        probes: as for `probe_scores`.
+        steps: as for `probe_scores`.
 
     Raises:
-        ValueError: no probes, a probe without seeds, or a rate that is not finite and positive.
+        ValueError: as `probe_scores`.
     """
-    if not probes or not all(probes.values()):
-        raise ValueError("every probe needs the losses of at least one seed")
-    if not all(0 < lr < math.inf for lr in probes):
-        raise ValueError(f"a probe's rate must be finite and positive (got {sorted(probes)})")
-    n_losses = max((len(run) for runs in probes.values() for run in runs), default=0) if steps is None else steps
-    scores = {lr: float(np.median([_last_quarter(run, n_losses) for run in probes[lr]])) for lr in sorted(probes)}
+    scores = probe_scores(probes, steps=steps)
     best = min(scores, key=lambda lr: scores[lr])  # the first of equals, and they rise
     if not math.isfinite(scores[best]):
         return replace(measurement, sure=False)
@@ -213,6 +207,26 @@ def confirm_range(
         sure=not at_edge,
         confirmed=True,
     )
+
+
+def probe_scores(probes: Mapping[float, Sequence[Sequence[float]]], *, steps: int | None = None) -> dict[float, float]:
+    """Each constant rate's score, lowest rate first: the mean of the last quarter of losses, the median over seeds.
+
+    A seed that diverged scores +inf.
+
+    Args:
+        probes: per rate, the raw losses of each seed; one that is short or not finite diverged.
+        steps: losses of a probe that ran to its end; the longest seen when not told.
+
+    Raises:
+        ValueError: no probes, a probe without seeds, or a rate that is not finite and positive.
+    """
+    if not probes or not all(probes.values()):
+        raise ValueError("every probe needs the losses of at least one seed")
+    if not all(0 < lr < math.inf for lr in probes):
+        raise ValueError(f"a probe's rate must be finite and positive (got {sorted(probes)})")
+    n_losses = max(len(run) for runs in probes.values() for run in runs) if steps is None else steps
+    return {lr: float(np.median([_last_quarter(run, n_losses) for run in probes[lr]])) for lr in sorted(probes)}
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,11 @@ class Package:
         """The members that only the model's own code can load."""
         return tuple(member for member in self.members if member.onnx is None)
 
+    @property
+    def files(self) -> tuple[PackedFile, ...]:
+        """Every file that ensemble.json names."""
+        return tuple(packed for member in self.members for packed in (member.weights, member.onnx) if packed)
+
     def read_file(self, packed: PackedFile) -> bytes:
         """The file's bytes, compared with its digest as they are read, so that what is used is what was checked.
 
@@ -252,15 +257,22 @@ def read_package(folder: Path) -> Package:
     Raises:
         PackageError: the first thing that is missing, unknown, out of bounds or altered.
     """
+    package = read_manifest(folder)
+    for packed in package.files:
+        _verify(folder, packed)
+    return package
+
+
+def read_manifest(folder: Path) -> Package:
+    """What ensemble.json says; the files it names need not be there yet.
+
+    Raises:
+        PackageError: it is missing, or not an ensemble.json of ours.
+    """
     if not folder.is_dir():
         raise PackageError(f"{folder} is not a folder", hint="hpsearch pull MODEL --out DIR makes one")
     with _opened_plain(folder, MANIFEST, MAX_MANIFEST_BYTES) as file:
-        package = _parse(file.read(MAX_MANIFEST_BYTES), folder)
-    for member in package.members:
-        for packed in (member.weights, member.onnx):
-            if packed is not None:
-                _verify(folder, packed)
-    return package
+        return _parse(file.read(MAX_MANIFEST_BYTES), folder)
 
 
 def _verify(folder: Path, packed: PackedFile) -> None:
@@ -292,7 +304,7 @@ _PULL_AGAIN = "pull the model again; if it stays so, do not use this version"
 @contextmanager
 def _opened(folder: Path, packed: PackedFile) -> Iterator[BinaryIO]:
     """A member's file, known to be a regular one of the listed size."""
-    with _opened_plain(folder, packed.file, packed.bytes) as file:
+    with _opened_plain(folder, packed.file, MAX_WEIGHTS_BYTES) as file:
         found = os.fstat(file.fileno()).st_size
         if found != packed.bytes:
             raise PackageError(f"{packed.file} has {found:,} bytes; {MANIFEST} says {packed.bytes:,}", hint=_PULL_AGAIN)
@@ -313,10 +325,11 @@ def _opened_plain(folder: Path, name: str, max_bytes: int) -> Iterator[BinaryIO]
         raise PackageError(f"{folder} has no {name}", hint=_PULL_AGAIN) from None
     except OSError as error:
         raise PackageError(f"{name} cannot be read: {error.strerror or error}") from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise PackageError(f"{name} is not a plain file", hint=_PULL_AGAIN)
     with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise PackageError(f"{name} is not a plain file", hint=_PULL_AGAIN)
         if status.st_size > max_bytes:
             raise PackageError(f"{name} has {status.st_size:,} bytes; at most {max_bytes:,} are expected")
         yield file

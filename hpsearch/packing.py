@@ -12,7 +12,7 @@ from hpsearch.package import Metrics, NewMember, write_package
 from hpsearch.state import StudyState
 from hpsearch.verdict import measured_metrics
 
-FOLDER = "model"
+FOLDER = "package"
 
 
 def pack(run_dir: Path, state: StudyState) -> Path | None:

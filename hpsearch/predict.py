@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -46,14 +46,9 @@ def predict_file(folder: Path, input_path: Path, output_path: Path) -> FloatArra
         PackageError: the package cannot be used.
     """
     inputs = read_inputs(input_path)
-    if output_path.exists() and input_path.samefile(output_path):
-        raise UsageError(f"{output_path} is the input; predictions would overwrite it")
-    if not output_path.parent.is_dir():
-        raise UsageError(f"{output_path.parent} is not a folder; nothing can be written there")
-    if output_path.is_dir():
-        raise UsageError(f"{output_path} is a folder; name a file, such as {output_path / 'predictions.npz'}")
-    predictions = predict(folder, inputs)
     try:
+        _require_writable(output_path, input_path)
+        predictions = predict(folder, inputs)
         _write_npz(output_path, {PREDICTIONS: predictions})
     except OSError as error:
         raise UsageError(f"{output_path} cannot be written: {error.strerror or error}") from None
@@ -119,29 +114,35 @@ def read_inputs(path: Path) -> AnyArray:
     Raises:
         UsageError: says what the file is instead.
     """
-    if not path.exists():
-        raise UsageError(f"{path} is not there")
-    if not path.is_file():
-        raise UsageError(f"{path} is not a file")
     hint = f"np.savez({str(path.with_suffix('.npz'))!r}, {INPUT}=array) makes one"
     try:
-        found = np.load(path, allow_pickle=False)
-        if not isinstance(found, np.lib.npyio.NpzFile):
-            raise UsageError(f"{path} holds one bare array; an .npz with the key `{INPUT}` is expected", hint=hint)
-        with found as arrays:
-            if INPUT not in arrays.files:
-                keys = ", ".join(arrays.files) or "nothing"
-                raise UsageError(f"{path} has no `{INPUT}` (it holds {keys})", hint=hint)
-            inputs: AnyArray = arrays[INPUT]
+        with path.open("rb") as file:
+            return _inputs_of(file, path, hint)
+    except FileNotFoundError:
+        raise UsageError(f"{path} is not there") from None
     except UsageError:
         raise
-    except PermissionError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # NumPy, zipfile and zlib raise a dozen kinds for bytes that are no .npz
-        if "allow_pickle" in str(error) or "pickled" in str(error):
+        if "allow_pickle" in str(error):
             raise UsageError(f"{path} holds pickled objects, which are never loaded", hint=hint) from None
         raise UsageError(f"{path} is not an .npz file, or a damaged one", hint=hint) from None
-    if not isinstance(inputs, np.ndarray):  # a member of the archive without .npy's magic comes back as bytes
+
+
+def _inputs_of(file: BinaryIO, path: Path, hint: str) -> AnyArray:
+    magic = file.read(6)
+    file.seek(0)
+    if magic == b"\x93NUMPY":
+        raise UsageError(f"{path} holds one bare array; an .npz with the key `{INPUT}` is expected", hint=hint)
+    if magic[:2] != b"PK":  # NumPy would call anything else a pickle, also a table of numbers
+        raise UsageError(f"{path} is not an .npz file", hint=hint)
+    with np.load(file, allow_pickle=False) as arrays:
+        if INPUT not in arrays.files:
+            keys = ", ".join(arrays.files) or "nothing"
+            raise UsageError(f"{path} has no `{INPUT}` (it holds {keys})", hint=hint)
+        inputs: AnyArray = arrays[INPUT]
+    if not isinstance(inputs, np.ndarray):  # an entry of the archive that is no array comes back as bytes
         raise UsageError(f"`{INPUT}` in {path} is not an array", hint=hint)
     return inputs
 
@@ -172,9 +173,19 @@ def fitting_inputs(inputs: AnyArray, package: Package) -> AnyArray:
     return np.ascontiguousarray(inputs, dtype=wanted)
 
 
+def _require_writable(path: Path, input_path: Path) -> None:
+    """Refuse a bad OUT before the graphs are run, not after."""
+    if not path.parent.is_dir():
+        raise UsageError(f"{path.parent} is not a folder; nothing can be written there")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file, such as {path / 'predictions.npz'}")
+    if path.is_file() and path.samefile(input_path):
+        raise UsageError(f"{path} is the input; predictions would overwrite it")
+
+
 def _write_npz(path: Path, arrays: Mapping[str, AnyArray]) -> None:
     """Write beside, then replace."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    beside = path.with_name(f".{os.getpid()}.new.npz")
     try:
         with beside.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)

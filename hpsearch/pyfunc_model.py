@@ -41,7 +41,12 @@ class Ensemble(PythonModel):
         self.about = about
         self.members = [(member["weight"], _session(folder, member)) for member in about["members"]]
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> Any:
+    def predict(
+        self,
+        context: Any,
+        model_input: np.ndarray,  # MLflow warns about a wider hint, and about none
+        params: dict[str, Any] | None = None,
+    ) -> Any:
         """The prediction for each row.
 
         Args:
@@ -86,7 +91,8 @@ def _as_inputs(found: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
     if is_table and array.ndim == 2 and array.shape[1] == int(np.prod(shape)):
         array = array.reshape(len(array), *shape)
     if array.ndim == 0 or array.shape[1:] != shape:
-        raise ValueError(f"inputs have shape {array.shape}; (N, *{shape}) is expected")
+        expected = ", ".join(["N", *map(str, shape)])
+        raise ValueError(f"inputs have shape {array.shape}; ({expected}) is expected")
     return np.ascontiguousarray(array.astype(dtype))
 
 

@@ -95,9 +95,11 @@ class Parameter:
             first = last = first if first - upper <= lower - last else last
         if not self.log:
             return first + _share(u, last - first + 1)
-        # half a step beyond both ends, so that they are rounded to as often as their neighbours, in log terms
-        x = math.log(first - 0.5) * (1 - u) + math.log(last + 0.5) * u
-        return min(max(round(math.exp(x)), first), last)
+        # x is uniform in log on [first - 1/2, last + 1/2), rounded: each integer has the share that its width has in
+        # log terms, the ends included. Counted from first - 1/2, so that neighbours near 2^53 stay apart.
+        edge = first - 0.5
+        beyond = edge * math.expm1(u * math.log1p((last - first + 1) / edge))
+        return first + min(int(beyond), last - first)
 
     def _real(self, u: float, low: float, high: float) -> float:
         if u == 0 or low == high:

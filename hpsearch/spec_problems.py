@@ -61,7 +61,7 @@ def check_document(document: Document) -> tuple[Spec | None, list[tuple[Place, P
 
 
 def _without_tags(loc: Loc) -> Loc:
-    """pydantic's loc less the tags of the forms, as in parameters.optimizer.<choices>.choices.sgd.momentum.<range>.min."""
+    """pydantic's loc less the tags of the forms; parameters.optimizer.<choices>.choices.sgd.beta.<range>.min has 2."""
     return tuple(step for i, step in enumerate(loc) if loc[0] != "parameters" or i % 4 != 2)
 
 
@@ -280,7 +280,8 @@ _EXAMPLES: dict[Loc, str] = {
 def _wrong_type(kind: str, loc: Loc, key: str, given: object, report: _Report) -> None:
     wanted = _TYPES.get(kind, "a mapping")
     if given is None:
-        report.add("empty", loc, f"`{key}` is empty, and is {wanted}", "give it a value, or leave the key out")
+        hint = f"write {loc[-1]}: {{}}" if loc[-2:-1] == ("choices",) else "give it a value, or leave the key out"
+        report.add("empty", loc, f"`{key}` is empty, where {wanted} is expected", hint)
         return
     hint = ""
     if wanted in ("a whole number", "a number") and isinstance(given, str) and is_number(given):
@@ -419,13 +420,12 @@ def _check_relations(spec: Spec, raw: Mapping[str, Any], report: _Report) -> Non
     if circle := condition_circle(parameters):
         ring = " waits for ".join(f"`{name}`" for name in circle)
         report.add("when-circle", _way_to(circle[0], spec), f"`when` goes in a circle: {ring}", "leave one of them out")
+    if len(report.problems) == before and known.keys() == {parameter.name for parameter in parameters}:
+        for parameter in Space(parameters=parameters).never():
+            what = f"`{parameter.name}` can never occur: its conditions exclude each other"
+            report.add("never", _way_to(parameter.name, spec), what, "mend its `when`, or leave it out")
     _check_bounds_from(spec, report)
     _check_per(spec, parameters, known, report)
-    if len(report.problems) > before or len(known) > len({parameter.name for parameter in parameters}):
-        return  # only of a space that is sound can it be asked what never occurs
-    for parameter in Space(parameters=parameters).never():
-        what = f"`{parameter.name}` can never occur: its conditions exclude each other"
-        report.add("never", _way_to(parameter.name, spec), what, "mend its `when`, or leave it out")
 
 
 def _way_to(name: str, spec: Spec) -> Loc:

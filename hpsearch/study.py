@@ -72,6 +72,9 @@ class Study:
         with self._changed:
             for lease in list(state.leases.values()):
                 self._record(Returned(key=lease.key, worker=lease.worker, reason="the driver went"))
+            for worker in {trial.worker for trial in state.trials.values()}:
+                for stage in self._stages:
+                    stage.lost(worker)
             for stage in self._stages:
                 if stage.name in state.ended_stages and not stage.finished():
                     self._record(StageBegan(stage=stage.name))  # the study has grown since

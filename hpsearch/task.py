@@ -6,8 +6,6 @@ by every command, so it never imports torch itself: the defaults do, when they a
 
 from __future__ import annotations
 
-import ast
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpsearch.errors import Problem, SpecError, UserCodeError
 from hpsearch.job import Config, Outputs
+from hpsearch.task_source import TASK, task_problems
 
 if TYPE_CHECKING:
     import torch
@@ -100,8 +99,8 @@ class Task:
         return functional.mse_loss(output, target.to(output.dtype))
 
     def metrics(self, output: Tensor, target: Tensor) -> dict[str, Any]:
-        """Further measures of some rows, each a mean over rows: accuracy for classes, `mae` (mean absolute error) for
-        values."""
+        """Further measures of a whole split, by name without the split: `accuracy` for classes and binary labels, `mae`
+        (mean absolute error) for values."""
         meaning = outputs_of(self, target)
         if meaning == "logits":
             return {"accuracy": (output.argmax(dim=1) == target).float().mean()}
@@ -140,32 +139,6 @@ def _not_written(task: Task, method: str, hint: str) -> UserCodeError:
     return UserCodeError(f"{type(task).__name__} has no {method}()", hint=hint)
 
 
-def reference_problem(reference: str, folder: Path) -> Problem | None:
-    """What is wrong with a task's reference, as far as reading the source tells; None when nothing is.
-
-    Imports nothing of the user's, so it can be asked before anything is started.
-
-    Args:
-        reference: "file.py:Class", the file relative to `folder`, or "package.module:Class".
-        folder: where space.yaml is.
-    """
-    source, _, name = reference.rpartition(":")
-    if not name.isidentifier() or not (_is_file(source) or all(map(str.isidentifier, source.split(".")))):
-        return _problem(
-            "task-reference", f"`{reference}` names no class", "write task: file.py:Class, or package.module:Class"
-        )
-    if _is_file(source):
-        path: Path | None = folder / source
-        if not (folder / source).is_file():
-            return _problem("task-file", f"there is no file {source} in {folder.resolve()}", _file_hint(source, folder))
-    else:
-        try:
-            path = _module_file(source, folder)
-        except ImportError as error:
-            return _problem("task-module", str(error), "install it, or put it beside space.yaml")
-    return None if path is None else _source_problem(path, name)
-
-
 def load_task(reference: str, folder: Path) -> Task:
     """An instance of the user's task.
 
@@ -174,21 +147,24 @@ def load_task(reference: str, folder: Path) -> Task:
     gives a new instance of the same class.
 
     Args:
-        reference: as in `reference_problem`.
+        reference: "file.py:Class", the file relative to `folder`, or "package.module:Class".
         folder: where space.yaml is.
 
     Raises:
-        SpecError: the file or class is not there, or is not Python; all that `reference_problem` finds.
+        SpecError: the file or class is not there, or is not Python: what reading the source tells.
         UserCodeError: it raises on import or when it is made, is not a Task, or has no data() or model().
     """
     from hpsearch.training.user_code import user_code
 
-    problem = reference_problem(reference, folder)
-    if problem is not None:
-        raise SpecError([problem])
+    if not TASK.fullmatch(reference):
+        hint = "write task: file.py:Class, or package.module:Class"
+        raise SpecError([Problem(code="task", where="task", what=f"`{reference}` names no class", hint=hint)])
+    problems = task_problems(reference, folder / "space.yaml", "task")
+    if problems:
+        raise SpecError(problems)
     source, _, name = reference.rpartition(":")
     with user_code(f"import of {source}"):
-        module = _import_file(folder / source) if _is_file(source) else _import_module(source, folder)
+        module = _import_file(folder / source) if source.endswith(".py") else _import_module(source, folder)
     cls = getattr(module, name, None)
     if not (isinstance(cls, type) and issubclass(cls, Task)):
         raise UserCodeError(f"{name} of {source} is not an hpsearch.Task", hint=f"class {name}(hpsearch.Task):")
@@ -203,84 +179,6 @@ def load_task(reference: str, folder: Path) -> Task:
         if getattr(cls, method) is getattr(Task, method):
             raise _not_written(task, method, hint)
     return task
-
-
-def _is_file(source: str) -> bool:
-    return source.endswith(".py") or "/" in source
-
-
-def _file_hint(source: str, folder: Path) -> str:
-    near = difflib.get_close_matches(source, [path.name for path in folder.glob("*.py")], n=1)
-    return f"did you mean {near[0]}?" if near else "the path is relative to space.yaml"
-
-
-def _module_file(module: str, folder: Path) -> Path | None:
-    """The source of a module, found without importing its parents; None where it is not to be read (compiled, zipped).
-
-    Raises:
-        ImportError: it is not there; the message names the part that is missing.
-    """
-    importlib.invalidate_caches()
-    places = [folder.resolve(), *map(Path, sys.path)]
-    file: Path | None = None
-    parts = module.split(".")
-    for n_parts, part in enumerate(parts, start=1):
-        packages = [place / part for place in places if (place / part).is_dir()]
-        files = [
-            file for place in places for file in (place / part / "__init__.py", place / f"{part}.py") if file.is_file()
-        ]
-        if files:
-            file = files[0]
-            places = [file.parent] if file.name == "__init__.py" else []
-        elif packages:  # a folder without __init__.py
-            file, places = None, packages
-        else:
-            name = ".".join(parts[:n_parts])
-            compiled = any(path for place in places for path in place.glob(f"{part}.*"))
-            # Built in, zipped, or installed in editable mode through a finder of its own.
-            elsewhere = n_parts == 1 and any(finder.find_spec(name, None) for finder in sys.meta_path)
-            if compiled or elsewhere:
-                return None
-            raise ImportError(f"there is no module {name}" + (f", so none {module}" if name != module else ""))
-    return file
-
-
-def _source_problem(path: Path, name: str) -> Problem | None:
-    try:
-        tree = ast.parse(path.read_bytes(), filename=str(path))
-    except OSError as error:
-        return _problem("task-file", f"{path.name} cannot be read ({error.strerror})", "")
-    except (SyntaxError, ValueError) as error:  # ValueError: null bytes
-        line = f":{error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
-        what = error.msg if isinstance(error, SyntaxError) else str(error)
-        return _problem("task-syntax", f"{path.name}{line} is not Python: {what}", "")
-    names = _bound_names(tree)
-    if name in names or "*" in names:
-        return None
-    classes = [node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-    near = difflib.get_close_matches(name, classes, n=1) or classes[:1]
-    return _problem("task-class", f"{path.name} has no class {name}", f"did you mean {near[0]}?" if near else "")
-
-
-def _bound_names(tree: ast.Module) -> set[str]:
-    """Names that running a module may bind at its top level; "*" when it imports all of another."""
-    names: set[str] = set()
-    waiting: list[ast.AST] = list(tree.body)
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            names.add(node.name)
-            continue  # what is bound inside stays inside
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names.update((alias.asname or alias.name).partition(".")[0] for alias in node.names)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
-        waiting.extend(ast.iter_child_nodes(node))
-    return names
-
-
-def _problem(code: str, what: str, hint: str) -> Problem:
-    return Problem(code=code, where="task", what=what, hint=hint)
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -48,7 +48,9 @@ class Executor(Protocol):
 class Worker:
     """One worker's loop."""
 
-    def __init__(self, name: str, client: StudyClient, make_executor: Callable[[], Executor], *, slots: int = 1) -> None:
+    def __init__(
+        self, name: str, client: StudyClient, make_executor: Callable[[], Executor], *, slots: int = 1
+    ) -> None:
         self._name = name
         self._client = client
         self._make_executor = make_executor
@@ -70,7 +72,9 @@ class Worker:
         if answer.error:
             self._client.broken(
                 self._name,
-                ClusterError(answer.error, hint="seed every random choice in Task.data(), so that all workers see one split"),
+                ClusterError(
+                    answer.error, hint="seed every random choice in Task.data(), so that all workers see one split"
+                ),
             )
             return False
         return True

@@ -122,6 +122,13 @@ class _Loader(Reader, Scanner, Parser, Composer, _PlainResolver):
         BaseResolver.__init__(self)
         self._depth = 0
 
+    def single_node(self) -> Any:
+        """The document's root node; None for an empty text."""
+        try:
+            return self.get_single_node()
+        except (ValueError, OverflowError) as error:  # PyYAML takes "\UFFFFFFFF" and versions of 5,000 digits on trust
+            raise _Refused("yaml", self.get_mark(), "not valid YAML: a number in an escape is out of range") from error
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         tag = getattr(event, "tag", None)
@@ -149,7 +156,13 @@ class _Dumper(yaml.emitter.Emitter, yaml.serializer.Serializer, yaml.representer
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """Text with line breaks or control characters in escapes, since PyYAML's other styles fold some of them."""
+        style = None if data.isprintable() else '"'
+        return self.represent_scalar(BaseResolver.DEFAULT_SCALAR_TAG, data, style=style)
 
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 for _tag, _pattern, _first in _PLAIN:
     _PlainResolver.add_implicit_resolver(_tag, _pattern, _first)
 
@@ -186,7 +199,7 @@ def read_document(data: bytes | str, *, name: str) -> Document:
             return _unreadable(name, "not-text", found, "save the file as UTF-8", line=line, column=column)
     try:
         loader = _Loader(text)
-        node = loader.get_single_node()
+        node = loader.single_node()
         if node is None:
             return _unreadable(name, "empty", "the file is empty", "hpsearch init writes a working one to start from")
         reading = _Reading(name)

@@ -19,6 +19,7 @@ from hpsearch.lr_curve import (
     confirm_range,
     measure_range,
     probe_lrs,
+    probe_scores,
     ramp_lrs,
     spread_decades,
 )
@@ -265,6 +266,7 @@ def test_best_probe_becomes_the_suggestion_and_the_interval_covers_both_answers(
 
 
 def test_probe_is_scored_by_its_last_quarter_alone() -> None:
+    assert probe_scores({0.1: [[9.0] * 6 + [1.0, 2.0], [9.0] * 8], 0.01: [[1.0]]}) == {0.01: math.inf, 0.1: 5.25}
     late = [9.0] * 6 + [0.1, 0.1]
     early = [0.0] * 6 + [1.0, 1.0]
     assert confirm_range(unsure(), {1e-4: [early], 1e-3: [late], 1e-2: [early]}).lr == 1e-3

@@ -6,8 +6,9 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -25,6 +26,9 @@ from hpsearch.rungs import rung_epochs
 from hpsearch.spec import Spec, read_spec
 from hpsearch.state import Entry, StudyState
 from hpsearch.verdict import epochs, lr_ranges, verdict
+
+if TYPE_CHECKING:
+    from hpsearch.tracker import SyncReport
 
 
 @click.command("launch")
@@ -125,7 +129,8 @@ class Session:
         from hpsearch.cli.tracking import Tracking
 
         self.state = StudyState()
-        self.mlflow: dict[str, object] = {}
+        self.mlflow: Mapping[str, object] = {}
+        self.report: SyncReport | None = None
         self._run = run
         self._started_at = started_at
         self._start_s = 0.0
@@ -164,7 +169,8 @@ class Session:
             raise
         closing = _in_thread(fleet.close)  # Ray takes seconds to go; MLflow is told meanwhile
         tracking_began = time.monotonic()
-        self.mlflow = self._tracking.close(self.state)
+        self.report = self._tracking.close(self.state)
+        self.mlflow = self.report.as_json()
         self._tracking_s = time.monotonic() - tracking_began
         closing.join()
 
@@ -206,7 +212,9 @@ def _launch(spec: Spec, space: Path, run_dir: Path, stages: tuple[str, ...]) -> 
 
 def _check_address(address: str | None, fleet: str) -> None:
     if address is not None and fleet == "local":
-        raise UsageError("--address names a Ray cluster, which --fleet local does not use", hint="leave one of them out")
+        raise UsageError(
+            "--address names a Ray cluster, which --fleet local does not use", hint="leave one of them out"
+        )
     if address is not None and address.startswith(("http://", "https://")):
         raise NotBuiltYet(
             "submitting a study as a Ray job (--address http://…) is not built yet",

@@ -24,7 +24,7 @@ def pull(
 
     if alias is not None and version is not None:
         raise UsageError("--alias and --version name two things", hint="give one of them")
-    from hpsearch.tracker.pull import pull as pull_model
+    from hpsearch.tracker import pull as pull_model
 
     pulled = pull_model(
         model,
@@ -36,14 +36,14 @@ def pull(
     summary = {
         "model": model,
         "version": pulled.version,
-        "out": str(pulled.folder),
+        "out": str(pulled.out),
         "members": [{"trial": m.trial, "weight": m.weight} for m in pulled.package.members],
     }
     if as_json:
         print_json(summary)
     else:
         say(f"{model} version {pulled.version}: {len(pulled.package.members)} members, verified.")
-        click.echo(str(pulled.folder))
+        click.echo(str(pulled.out))
 
 
 @click.command("predict")

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from hpsearch.cli.output import json_option, number, print_json, say, table
-from hpsearch.errors import TrackerError, UsageError
+from hpsearch.errors import NotBuiltYet, UsageError
 from hpsearch.journal import is_locked, read_journal
 from hpsearch.notes import add_note
 from hpsearch.spec import Spec
@@ -75,8 +75,6 @@ def status(run: Path, as_json: bool) -> None:
 def top(run: Path, k: int, smallest_within: str | None, as_json: bool) -> None:
     """The ranking of RUN's trials, by the best epoch of each."""
     if smallest_within is not None:
-        from hpsearch.errors import NotBuiltYet
-
         raise NotBuiltYet("`top --smallest-within` is not built yet")
     state = state_of(run)
     rows = ranking(state, k)
@@ -136,12 +134,10 @@ def sync(run: Path, tracking_uri: str | None, as_json: bool) -> None:
     state = state_of(run)
     from hpsearch.cli.tracking import make_tracker
 
-    assert state.opened is not None
-    report = make_tracker(run, tracking_uri, Spec.from_dump(dict(state.opened.spec))).sync(state)
-    if report.error:
-        raise TrackerError(report.error, hint=f"hpsearch sync {run} tries again; {report.waiting} operations wait")
+    report = make_tracker(run, tracking_uri).sync(state, running=is_locked(run))
+    report.raise_for_error()
     if as_json:
-        print_json({"study": state.name, "sent": report.sent, "waiting": report.waiting, "mlflow": report.mlflow()})
+        print_json({"study": state.name, "sent": report.sent, "waiting": report.waiting, "mlflow": report.as_json()})
     else:
         say(f"{report.sent} operations sent, {report.waiting} waiting.")
         click.echo(f"{report.tracking_uri} experiment {report.experiment_id} run {report.run_id}")

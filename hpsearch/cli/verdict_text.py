@@ -32,7 +32,10 @@ def lr_table(state: StudyState) -> str:
     rows = []
     for measured in state.ranges:
         branch = ", ".join(f"{k}={v}" for k, v in measured.branch.items()) or "all"
-        notes = [*(["confirmed by probes"] if measured.confirmed else []), *(["at an edge"] if measured.at_edge else [])]
+        notes = [
+            *(["confirmed by probes"] if measured.confirmed else []),
+            *(["at an edge"] if measured.at_edge else []),
+        ]
         figures = [number(measured.lr), number(measured.low), number(measured.high), number(measured.spread_decades)]
         rows.append([branch, *figures, ", ".join(notes)])
     return table(["branch", "lr", "low", "high", "spread (decades)", ""], rows)
@@ -56,7 +59,9 @@ def _scores(best: Mapping[str, object], ensemble: Mapping[str, object]) -> str:
             cells += [interval(test.get(name), bounds.get(name)) for name in names]
         rows.append([title, *cells])
     text = table(header, rows)
-    return text + ("\n(95 % intervals; val ranked the trials, so its figures flatter)" if has_test else "\n(no test split)")
+    return text + (
+        "\n(95 % intervals; val ranked the trials, so its figures flatter)" if has_test else "\n(no test split)"
+    )
 
 
 def _gain_line(gain: Mapping[str, object]) -> str:

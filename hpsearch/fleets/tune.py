@@ -61,10 +61,14 @@ class TuneFleet:
         self._connected = False
 
     def run(self, watch: Watch) -> None:
+        for key, value in QUIET.items():  # read when ray is imported
+            os.environ.setdefault(key, value)
         import ray
 
         self._connect()
         tail = JournalTail(self._launch.run_dir)
+        earlier = list(tail.new_entries())  # of earlier drivers, which have ended too
+        watch(earlier)
         name, namespace = f"study-{uuid.uuid4().hex}", "hpsearch"
         n_workers = self._n_workers or self._room()
         self._check_resources()
@@ -83,7 +87,7 @@ class TuneFleet:
             self._fit = threading.Thread(target=self._host, args=(n_workers, name, namespace), name="tune", daemon=True)
             self._fit.start()
             _get(self._study.ready.remote())
-            self._follow(tail, watch)
+            self._follow(tail, watch, earlier[-1].fence if earlier else 0)
         except KeyboardInterrupt:
             _get(self._study.stop.remote("interrupted"), timeout_s=STOP_S)
             raise
@@ -112,8 +116,6 @@ class TuneFleet:
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _connect(self) -> None:
-        for key, value in QUIET.items():
-            os.environ.setdefault(key, value)
         import ray
 
         # With no address a cluster of our own, or ray would join any that it finds on this host.
@@ -162,15 +164,27 @@ class TuneFleet:
     def _host(self, n_workers: int, study: str, namespace: str) -> None:
         """Have Tune keep the workers alive until the study has ended; runs in a thread of its own."""
         from ray import tune
+        from ray.tune.progress_reporter import TrialProgressCallback
 
-        resources, ended, launch = self._launch.spec.resources, self._ended, self._launch
+        resources, launch = self._launch.spec.resources, self._launch
 
         class StudyEnded(tune.Stopper):
+            def __init__(self, ended: threading.Event | None) -> None:
+                self._ended = ended
+
             def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
                 return False
 
             def stop_all(self) -> bool:
-                return ended.is_set()
+                return self._ended is not None and self._ended.is_set()
+
+            def __reduce__(self) -> tuple[type, tuple[None]]:
+                # Tune saves its stopper for a restore that nobody will ask for; an Event cannot be saved.
+                return (StudyEnded, (None,))
+
+        class Silent(TrialProgressCallback):
+            def _print(self, msg: str) -> None:
+                """Without this, `verbose=0` still tells stdout of each worker that ends."""
 
         def work(config: dict[str, Any]) -> None:
             work_for(study, namespace, launch, f"worker-{config['worker']}")
@@ -184,20 +198,21 @@ class TuneFleet:
                     name="workers",
                     storage_path=self._scratch,
                     verbose=0,
-                    stop=StudyEnded(),
+                    callbacks=[Silent()],
+                    stop=StudyEnded(self._ended),
                     failure_config=tune.FailureConfig(max_failures=-1),
                 ),
             ).fit()
         except BaseException as error:
             self._fit_error = error
 
-    def _follow(self, tail: JournalTail, watch: Watch) -> None:
+    def _follow(self, tail: JournalTail, watch: Watch, earlier_fence: int) -> None:
         assert self._study is not None and self._fit is not None
         pinged = time.monotonic()
         while True:
             entries = list(tail.new_entries())
             watch(entries)
-            if any(entry.event.type == "ended" for entry in entries):
+            if any(entry.event.type == "ended" and entry.fence > earlier_fence for entry in entries):
                 return
             if not self._fit.is_alive():
                 raise ClusterError(

@@ -30,7 +30,8 @@ FEW_VALUES = 6
 """A number with no more values than this is drawn in columns."""
 
 HUGE = 1e100
-"""Values are drawn no further out than this: axes of 1e300 leave the range of floats."""
+"""Values are drawn no further out than this, nor nearer to zero than its inverse: matplotlib's own sums would leave
+the range of floats."""
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 BLUE, SKY, GREEN, ORANGE, RED, PURPLE = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
@@ -123,7 +124,10 @@ def learning_curves_figure(
             where rungs are evenly spaced and the many trials that ended early have room.
     """
     figure, (panel,) = _panels(1, width=8.2, height=4.8, columns=1)
-    finite = {c.trial: [(e, v) for e, v in zip(c.epochs, c.values, strict=True) if math.isfinite(v)] for c in curves}
+    finite = {
+        c.trial: [(e, _drawable(v)) for e, v in zip(c.epochs, c.values, strict=True) if math.isfinite(v)]
+        for c in curves
+    }
     values = [v for points in finite.values() for _, v in points]
     last_epoch = max((e for curve in curves for e in curve.epochs), default=1)
     for rung in rungs:
@@ -230,7 +234,7 @@ def search_figure(
     if not parameters:
         raise ValueError("at least one parameter is needed")
     figure, panels = _panels(len(parameters), width=4.0, height=3.2, columns=3, foot=0.55)
-    measured = [(p, p.value) for p in points if p.value is not None and math.isfinite(p.value)]
+    measured = [(p, _drawable(p.value)) for p in points if p.value is not None and math.isfinite(p.value)]
     best = _best({p.trial: [value] for p, value in measured if p.state not in BAD_STATES}, goal)
     values = [value for _, value in measured]
     for i, (panel, parameter) in enumerate(zip(panels, parameters, strict=True)):
@@ -244,11 +248,10 @@ def _draw_branch(panel: Axes, branch: LrRangePlot, loss_name: str) -> None:
     lrs = np.asarray(branch.lrs, dtype=np.float64)
     before_minimum: list[float] = []
     all_finite: list[float] = []
-    curve = np.array([math.nan if v is None else v for v in branch.median_curve], dtype=np.float64)
+    curve = np.array([math.nan if v is None else _drawable(v) for v in branch.median_curve], dtype=np.float64)
     minimum = int(np.nanargmin(curve)) if np.isfinite(curve).any() else len(lrs) - 1
     for seed, run in enumerate(branch.losses):
-        losses = np.asarray(run, dtype=np.float64)
-        losses = np.clip(np.where(np.isfinite(losses), losses, np.nan), -HUGE, HUGE)
+        losses = np.array([_drawable(v) for v in run], dtype=np.float64)
         label = "single seeds" if seed == 0 else None
         panel.plot(lrs[: len(losses)], losses, color=SKY, linewidth=0.8, alpha=0.75, label=label)
         before_minimum += [float(v) for v in losses[: max(minimum + 1, 5)] if math.isfinite(v)]
@@ -259,7 +262,7 @@ def _draw_branch(panel: Axes, branch: LrRangePlot, loss_name: str) -> None:
         panel.axvspan(branch.low, branch.high, color=GREEN, alpha=0.15, linewidth=0, label="interval to search")
     if branch.lr is not None:
         panel.axvline(branch.lr, color=GREEN, linewidth=2.0, label="suggestion")
-    finite_probes = {lr: loss for lr, loss in branch.probes.items() if math.isfinite(loss)}
+    finite_probes = {lr: _drawable(loss) for lr, loss in branch.probes.items() if math.isfinite(loss)}
 
     # A ramp that works falls from its start to its minimum; what comes after may be anything.
     if before_minimum:
@@ -314,13 +317,14 @@ def _draw_parameter(
     for i in order:
         point, x = active[i], places[i]
         colour = STATE_COLOURS.get(point.state, INK)
-        if point.value is None or not math.isfinite(point.value):
+        y = math.nan if point.value is None else _drawable(point.value)
+        if math.isnan(y):
             _mark_worst_edge(panel, x, colour, goal, label=f"{point.state}, no value")
         elif point.trial == best:
             label = f"best: trial {best}, {_number(point.value)}"
-            panel.plot(x, point.value, "*", color=INK, markersize=14, markeredgecolor="white", zorder=5, label=label)
+            panel.plot(x, y, "*", color=INK, markersize=14, markeredgecolor="white", zorder=5, label=label)
         else:
-            panel.plot(x, point.value, "o", color=colour, markersize=5, markeredgewidth=0, alpha=0.8, label=point.state)
+            panel.plot(x, y, "o", color=colour, markersize=5, markeredgewidth=0, alpha=0.8, label=point.state)
     panel.set_xlabel(f"{parameter.name} (log scale)" if panel.get_xscale() == "log" else parameter.name)
 
 
@@ -372,7 +376,7 @@ def _fit_y(panel: Axes, values: Sequence[float], metric: str, goal: Goal, *, not
         panel.set_ylabel(f"{metric} ({'lower' if goal == 'minimize' else 'higher'} is better)")
     if not values:
         return
-    ys = np.clip(np.asarray(values, dtype=np.float64), -HUGE, HUGE)
+    ys = np.asarray(values, dtype=np.float64)
     log = bool((ys > 0).all() and np.quantile(np.log10(ys), 0.9) - np.log10(ys.min()) > 1)
     scaled = np.log10(ys) if log else ys
     quarter, half, three_quarters = np.quantile(scaled, [0.25, 0.5, 0.75])
@@ -391,7 +395,7 @@ def _fit_y(panel: Axes, values: Sequence[float], metric: str, goal: Goal, *, not
         panel.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
         panel.yaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_minor_formatter("{x:g}")
-        panel.set_ylim(10 ** max(limits[0], -300.0), 10 ** limits[1])
+        panel.set_ylim(10 ** limits[0], 10 ** limits[1])
     else:
         panel.set_ylim(*limits)
     if beyond and note:
@@ -411,6 +415,13 @@ def _best(values: Mapping[int, Sequence[float]], goal: Goal) -> int | None:
     sign = 1.0 if goal == "minimize" else -1.0
     scored = {trial: min(sign * v for v in vs) for trial, vs in values.items() if vs}
     return min(scored, key=lambda trial: (scored[trial], trial), default=None)
+
+
+def _drawable(value: float) -> float:
+    """The value, moved to where a figure can show it; NaN when it is not finite."""
+    if not math.isfinite(value):
+        return math.nan
+    return 0.0 if abs(value) < 1 / HUGE else max(-HUGE, min(HUGE, value))
 
 
 def _integer_ticks(panel: Axes) -> None:

@@ -45,6 +45,7 @@ class Search:
         self._rule = rule
         self._again: list[int] = []  # heap: drawn trials without a lease that have to train to their target
         self._held: dict[str, int] = {}  # worker -> trial that lives in its memory only
+        self._orphans: list[int] = []  # such trials whose worker is gone; they are trained from their first epoch again
         self._waiting: list[int] = []  # numbers passed over, for want of a learning-rate range
         self._next_number = 0
         self._drawn: tuple[int, Config] | None = None  # cache of next_job, until the trial is recorded
@@ -79,8 +80,8 @@ class Search:
 
     def lost(self, worker: str) -> None:
         trial = self._held.pop(worker, None)
-        if trial is not None and self._state.trials[trial].leased is None:
-            heapq.heappush(self._again, trial)
+        if trial is not None:
+            self._orphans.append(trial)
 
     def conclude(self) -> list[Event]:
         stopped, self._to_stop = self._to_stop, []
@@ -91,12 +92,18 @@ class Search:
             return False
         if self._out_of_budget:
             return True
-        return not self._again and not self._held and not self._has_new() and self._next_paused() is None
+        return (
+            not self._again
+            and not self._held
+            and not self._orphans
+            and not self._has_new()
+            and self._next_paused() is None
+        )
 
     def next_job(self, worker: str) -> TrainJob | None:
         if self._out_of_budget:
             return None
-        held = self._held.get(worker)
+        held = self._held.get(worker, self._orphans[0] if self._orphans else None)
         if held is not None:
             record = self._state.trials[held]
             return self._job(record, self._next_rung(record.epoch))
@@ -193,7 +200,7 @@ class Search:
         promotion = self._rule.promotable()
         if promotion is not None:
             return promotion.trial
-        if self._below_end or self._again or self._has_new():
+        if self._below_end or self._again or self._orphans or self._has_new():
             return None
         if self._n_complete + len(self._to_end) >= self._settings.n_complete:
             return None
@@ -206,13 +213,17 @@ class Search:
         self._drawn = None
         if number in self._waiting:
             self._waiting.remove(number)
+        while self._next_number in self._state.trials:
+            self._next_number += 1
 
     def _count_lease(self, event: Leased) -> None:
         trial = event.trial
         assert trial is not None
         if self._again and self._again[0] == trial:
             heapq.heappop(self._again)
-        self._held.pop(event.worker, None)
+        self._held = {worker: held for worker, held in self._held.items() if held != trial}
+        if trial in self._orphans:
+            self._orphans.remove(trial)
         if event.from_epoch:
             self._rule.promote(trial, event.from_epoch)
         leases = self._to_end if event.to_epoch >= self._settings.max_epochs else self._below_end

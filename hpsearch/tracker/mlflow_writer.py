@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import socket
 import tempfile
 import urllib.request
@@ -419,8 +420,10 @@ class MlflowWriter:
             logged = self._client.create_logged_model(
                 self.experiment_id, name="ensemble", source_run_id=run_id, model_type="hpsearch.ensemble"
             )
+            named = Path(temporary) / MODEL_FOLDER  # MLflow keeps a folder's own name
+            shutil.copytree(package, named)
             folder = Path(temporary) / "model"
-            save_model(folder, package, signature)
+            save_model(folder, named, signature)
             self._client.log_model_artifacts(logged.model_id, str(folder))
             self._client.finalize_logged_model(logged.model_id, "READY")
             self._client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, 0)])
@@ -432,7 +435,8 @@ def save_model(folder: Path, package: Path, signature: Signature) -> None:
 
     The requirements are given, so that MLflow does not load the model to guess them.
     """
-    import mlflow.pyfunc
+    with _without_type_hint_warnings():
+        import mlflow.pyfunc
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
@@ -443,9 +447,7 @@ def save_model(folder: Path, package: Path, signature: Signature) -> None:
         inputs=Schema([TensorSpec(dtype, (-1, *signature.input_shape))]),
         outputs=Schema([TensorSpec(out_dtype, (-1, *signature.output_shape))]),
     )
-    with warnings.catch_warnings():
-        # MLflow warns of missing type hints in our loader's predict, whose input is any array that fits the signature.
-        warnings.filterwarnings("ignore", message=".*type hint", category=UserWarning)
+    with _without_type_hint_warnings():
         mlflow.pyfunc.save_model(
             str(folder),
             python_model=str(Path(__file__).parents[1] / "pyfunc_model.py"),
@@ -454,6 +456,20 @@ def save_model(folder: Path, package: Path, signature: Signature) -> None:
             input_example=np.zeros((2, *signature.input_shape), dtype),
             pip_requirements=requirements(("mlflow", "numpy", "onnxruntime")),
         )
+
+
+@contextmanager
+def _without_type_hint_warnings() -> Iterator[None]:
+    """MLflow wants type hints of its own in a predict, also in its own modules; other warnings are passed on.
+
+    A filter would not do: it puts its own "once" before any.
+    """
+    with warnings.catch_warnings(record=True) as recorded:
+        warnings.filterwarnings("always", message=".*type hint", category=UserWarning)
+        yield
+    for warning in recorded:
+        if "type hint" not in str(warning.message).lower():
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def requirements(names: Iterable[str]) -> list[str]:

@@ -504,10 +504,8 @@ def _gain_words(state: StudyState, selected: Selected) -> list[str]:
     numbers = [gain.get(name) for name in ("value", "low", "high")]
     value, low, high = (f"{n:+.4g}" if isinstance(n, int | float) else "unknown" for n in numbers)
     interval = "" if "unknown" in (low, high) else f", 95 % interval {low} to {high}"
-    return [
-        f"**On the test split**, ensemble minus best single trial in {gain.get('metric')}: {value}{interval}: {verdict}.",
-        "",
-    ]
+    what = f"ensemble minus best single trial in {gain.get('metric')}"
+    return [f"**On the test split**, {what}: {value}{interval}: {verdict}.", ""]
 
 
 def _when(time: float) -> str:
@@ -545,9 +543,7 @@ def _sign(state: StudyState) -> float:
     return -1.0 if _metric(state)[1] == "maximize" else 1.0
 
 
-def _test_score(
-    state: StudyState, selected: Selected
-) -> tuple[str, Literal["minimize", "maximize"], float | None]:
+def _test_score(state: StudyState, selected: Selected) -> tuple[str, Literal["minimize", "maximize"], float | None]:
     """The study's metric on test, or the loss where the metric is not measured there."""
     found = measured_metrics(state, "test", selected.members)
     name, goal = _metric(state)
@@ -558,7 +554,9 @@ def _test_score(
 
 
 def _fingerprint_if_used(state: StudyState, selected: Selected) -> str:
-    used = bool(measured_metrics(state, "test", selected.members) or measured_metrics(state, "test", ((selected.best, 1.0),)))
+    used = bool(
+        measured_metrics(state, "test", selected.members) or measured_metrics(state, "test", ((selected.best, 1.0),))
+    )
     return state.data.test_fingerprint if used and state.data is not None else ""
 
 

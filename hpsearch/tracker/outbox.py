@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-
 import re
 import threading
 from collections.abc import Mapping
@@ -193,5 +192,3 @@ class Outbox:
             self._runs[key] = run
         if isinstance(more, dict):
             self._more[key] = {str(k): str(v) for k, v in more.items()}
-
-

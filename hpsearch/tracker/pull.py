@@ -1,8 +1,8 @@
 """Fetch a registered ensemble as data.
 
 What a registry holds was written by others. So nothing of it is loaded: the version's address is asked for, then
-`ensemble.json` is fetched, then the files it names, by plain names, and each is compared with its digest. MLmodel, Python
-files and pickles beside them are never fetched, so they can neither be run nor unpickled.
+`ensemble.json` is fetched, then the files it names, by plain names, and each is compared with its digest. MLmodel,
+Python files and pickles beside them are never fetched, so they can neither be run nor unpickled.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpsearch.errors import TrackerError, UsageError
-from hpsearch.package import MANIFEST, Package, PackageError, listed_files, read_package
+from hpsearch.package import MANIFEST, Package, PackageError, read_manifest, read_package
 from hpsearch.tracker.mlflow_writer import (
     MODEL_FOLDER,
     Missing,
@@ -99,9 +99,7 @@ def pull(
 # Which version
 
 
-def _resolve(
-    client: MlflowClient, uri: str, name: str, *, alias: str | None, version: str | None
-) -> ModelVersion:
+def _resolve(client: MlflowClient, uri: str, name: str, *, alias: str | None, version: str | None) -> ModelVersion:
     """The version that was asked for.
 
     Raises:
@@ -168,8 +166,8 @@ def _fetch(client: MlflowClient, uri: str, version: ModelVersion, folder: Path) 
     with translated(uri):
         source = client.get_model_version_download_uri(version.name, str(version.version))
     _fetch_file(uri, source, MANIFEST, folder)
-    for name in listed_files(folder):
-        _fetch_file(uri, source, name, folder)
+    for packed in read_manifest(folder).files:
+        _fetch_file(uri, source, packed.file, folder)
 
 
 def _fetch_file(uri: str, source: str, name: str, folder: Path) -> None:
@@ -186,7 +184,9 @@ def _fetch_file(uri: str, source: str, name: str, folder: Path) -> None:
         except (MlflowException, OSError) as error:
             if isinstance(error, MlflowException) and not _says_missing(error):
                 raise
-            raise PackageError(f"the version holds no {name}; it is not an ensemble of hpsearch, or not whole") from None
+            raise PackageError(
+                f"the version holds no {name}; it is not an ensemble of hpsearch, or not whole"
+            ) from None
         path = Path(got)
         if path.is_symlink() or not path.is_file():
             raise PackageError(f"{name} is not a plain file in the registry")

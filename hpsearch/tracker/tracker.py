@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shlex
 import threading
-import time as time_module
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -190,9 +189,7 @@ class Tracker:
     def _send_all(self, outbox: Outbox, writer: MlflowWriter, state: StudyState, running: bool) -> int:
         sent = 0
         trials: list[LogChild] = []
-        for operation in due_operations(
-            state, dict(outbox.revisions), notes=_notes(self.run_dir), running=running
-        ):
+        for operation in due_operations(state, dict(outbox.revisions), notes=_notes(self.run_dir), running=running):
             refused = self._refused.get(operation.key)
             if refused is not None and refused[0] == operation.revision:
                 continue
@@ -281,9 +278,7 @@ class Tracker:
         writer.end_run(run_id, child.status, child.end_ms)
         return run_id
 
-    def _ensemble(
-        self, outbox: Outbox, writer: MlflowWriter, operation: LogEnsemble, state: StudyState | None
-    ) -> None:
+    def _ensemble(self, outbox: Outbox, writer: MlflowWriter, operation: LogEnsemble, state: StudyState | None) -> None:
         assert state is not None
         known = operation.key in outbox.runs
         run_id = self._child(outbox, writer, operation.child, state)
@@ -292,6 +287,8 @@ class Tracker:
             package = self._package(state, self.run_ids())
         except HpsearchError as problem:
             package, more = None, {"why": problem.message}
+        except Exception as problem:  # the logbook goes on without its model, and says so
+            package, more = None, {"why": f"the ensemble could not be packaged: {type(problem).__name__}: {problem}"}
         if package is not None:
             registered = writer.register(
                 run_id,
@@ -327,8 +324,7 @@ class Tracker:
             waiting = sum(1 for _ in due_operations(state, {}, running=running))
             return SyncReport(tracking_uri=shown, waiting=waiting, error=error, out_of_reach=out_of_reach)
         waiting = sum(
-            1
-            for _ in due_operations(state, dict(outbox.revisions), notes=_notes(self.run_dir), running=running)
+            1 for _ in due_operations(state, dict(outbox.revisions), notes=_notes(self.run_dir), running=running)
         )
         if error is None and waiting and self._refused:
             key, (_, reason) = next(iter(self._refused.items()))

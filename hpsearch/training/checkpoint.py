@@ -1,8 +1,8 @@
 """A trial's checkpoint as bytes: safetensors for the tensors, JSON in its header for everything else, never pickle.
 
-A checkpoint is a few trees (dicts, lists and tuples of tensors and plain values). A tree is written as JSON in which every
-tensor is a name; the tensors themselves follow under these names, so that any safetensors reader can open the file. What
-is neither is refused with its path. A checksum over both tells damage from a strange model.
+A checkpoint is a few trees (dicts, lists and tuples of tensors and plain values). A tree is written as JSON in which
+every tensor is a name; the tensors themselves follow under these names, so that any safetensors reader can open the
+file. What is neither is refused with its path. A checksum over all tells damage from a strange model.
 
 Equal content gives equal bytes, which is how a test can ask whether two ways of training are the same to the bit.
 """
@@ -224,7 +224,9 @@ def _damaged(ref: str, why: str) -> JournalError:
 def _checksum(content: str, tensors: Mapping[str, Tensor]) -> int:
     checksum = zlib.crc32(content.encode())
     for name in sorted(tensors):
-        checksum = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), checksum)
+        tensor = tensors[name]
+        checksum = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), checksum)
+        checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, checksum)
     return checksum
 
 

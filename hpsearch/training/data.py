@@ -360,8 +360,7 @@ def _with_ensemble_split(read: ReadSplits, *, study_seed: int, cut: bool) -> Rea
     val = by_name["val"]
     by_name["ensemble"] = val
     if cut:
-        targets = val.y if read.outputs == "logits" else None
-        val_rows, rows = ensemble_rows(targets, len(val), study_seed)
+        val_rows, rows = ensemble_rows(val.y, len(val), study_seed)
         by_name["val"], by_name["ensemble"] = val.take(val_rows), val.take(rows)
     return ReadSplits(by_name=by_name, outputs=read.outputs, n_classes=read.n_classes)
 

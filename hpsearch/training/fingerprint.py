@@ -7,7 +7,6 @@ the fingerprint is how that is noticed.
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
+
+from hpsearch.training.seeding import seeded
 
 FULL_BYTES = 256 << 20  # up to here every byte is hashed (half a second); above it a sample, and exact sums of all
 SAMPLE_BYTES = 64 << 20
@@ -57,20 +58,11 @@ def sample_rows(n_rows: int, n_sample: int = N_SAMPLE_ITEMS) -> list[int]:
 
 
 @contextmanager
-def borrowed_rng(seed: int | None = None) -> Iterator[None]:
-    """Global random state (Python's, numpy's, torch's on the CPU) is as before afterwards; seeded inside if asked."""
-    # The old interface of numpy is the global one, and what a dataset of the user's may draw from.
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices=[]):
-        if seed is not None:
-            random.seed(seed)
-            np.random.seed(seed)  # noqa: NPY002
-            torch.default_generator.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
+def seeded_reading(seed: int) -> Iterator[None]:
+    """While items of a user's Dataset are read: global random state is seeded, and as before afterwards."""
+    on_gpu = torch.cuda.is_initialized()
+    with seeded(seed, torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")):
+        yield
 
 
 def _add_tensor(digest: hashlib.blake2b, tensor: Tensor) -> None:
@@ -117,7 +109,7 @@ def _add_dataset(digest: hashlib.blake2b, dataset: Dataset[Any]) -> None:
 def _digest_items(dataset: Dataset[Any], rows: list[int], seed: int) -> bytes:
     """Seeded, so that two workers come to the same view of whether a dataset is random."""
     digest = hashlib.blake2b()
-    with borrowed_rng(seed):
+    with seeded_reading(seed):
         for row in rows:
             _add_value(digest, dataset[row])
     return digest.digest()

@@ -237,7 +237,7 @@ class DefaultTraining:
                     loss = loss_of(output, target)
                 else:
                     loss = self._checked_loss(output, target)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 if clip is not None:
                     nn.utils.clip_grad_norm_(trained, clip)
                 if set_warm_lr is not None:

@@ -1,9 +1,9 @@
 """What a model, or the weighted mean of some models, gives on a split: metrics, predictions, scores of single rows.
 
-Metrics are asked of the whole split at once, so that one which is no mean over rows (an F1, an R²) is right. An *output* is
-what the model returned (logits, say), a *prediction* what it means: probabilities, or the numbers themselves. Members of
-an ensemble are averaged as predictions; an output that means the same is then made of the mean, so that the task's own
-loss and metrics apply to it.
+Metrics are asked of the whole split at once, so that one which is no mean over rows (an F1, an R²) is right. An
+*output* is what the model returned (logits, say), a *prediction* what it means: probabilities, or the numbers
+themselves. Members of an ensemble are averaged as predictions; an output that means the same is then made of the mean,
+so that the task's own loss and metrics apply to it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numbers
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def output_metrics(task: Task, output: Tensor, target: Tensor) -> dict[str, floa
         if not math.isfinite(loss):
             return {"loss": loss}
         with user_code("metrics()"):
-            given = task.metrics(output, target)
+            given: object = task.metrics(output, target)
     frame = frame_of(type(task).metrics)
     if not isinstance(given, dict):
         raise UserCodeError(
@@ -137,9 +138,9 @@ def mean_prediction(predictions: Sequence[Tensor], weights: Sequence[float]) -> 
 def row_scores(task: Task, outputs: Outputs, output: Tensor, target: Tensor) -> dict[str, Tensor]:
     """Scores of single rows, float64 of shape (N,), from which intervals are made.
 
-    "loss" is a proper score of the row: the negative log likelihood of its classes or labels, or its squared error, a mean
-    over the positions of an example. For a task with its own loss it is that loss of the row, where the rows' mean is the
-    loss of all. So with every metric: it is here when it is a mean over rows. "accuracy" is here only as 0 or 1.
+    "loss" is a proper score of the row: the negative log likelihood of its classes or labels, or its squared error, a
+    mean over the positions of an example. For a task with its own loss it is that loss of the row, where the rows' mean
+    is the loss of all. So with every metric: it is here when it is a mean over rows. "accuracy" is here only as 0 or 1.
     """
     scores: dict[str, Tensor] = {}
     output, target = output.cpu(), target.cpu()
@@ -149,16 +150,20 @@ def row_scores(task: Task, outputs: Outputs, output: Tensor, target: Tensor) -> 
     if loss is None:
         loss = _proper_score(outputs, output, target)
     if loss is None:  # an output of another shape than the target, and a loss that vmap cannot run
-        rows = [task.loss(output[i : i + 1], target[i : i + 1]) for i in range(len(output))]
-        loss = torch.stack([torch.as_tensor(row).detach().double().reshape(()) for row in rows])
+        each = [task.loss(output[i : i + 1], target[i : i + 1]) for i in range(len(output))]
+        loss = torch.stack([torch.as_tensor(row).detach().double().reshape(()) for row in each])
     scores["loss"] = loss.double()
     for name, value in output_metrics(task, output, target).items():
         if name == "loss":
             continue
-        rows_or_none = _by_row(lambda o, t, name=name: task.metrics(o, t)[name], output, target, mean=value)
-        if rows_or_none is not None and (name != "accuracy" or bool(((rows_or_none == 0) | (rows_or_none == 1)).all())):
-            scores[name] = rows_or_none.double()
+        rows = _by_row(partial(_metric, task, name), output, target, mean=value)
+        if rows is not None and (name != "accuracy" or bool(((rows == 0) | (rows == 1)).all())):
+            scores[name] = rows
     return scores
+
+
+def _metric(task: Task, name: str, output: Tensor, target: Tensor) -> Any:
+    return task.metrics(output, target)[name]
 
 
 def _proper_score(outputs: Outputs, output: Tensor, target: Tensor) -> Tensor | None:

@@ -152,12 +152,13 @@ def reported_metrics(report: Report, *, frame: str) -> dict[str, float]:
     Raises:
         UserCodeError: no dict of numbers, none at all, or one metric twice.
     """
-    if not isinstance(report.metrics, dict) or not report.metrics:
+    reported: object = report.metrics
+    if not isinstance(reported, dict) or not reported:
         raise UserCodeError(
-            f"a Report's metrics are a dict of numbers (got {report.metrics!r})", frame=frame, hint="{'val_loss': …}"
+            f"a Report's metrics are a dict of numbers (got {reported!r})", frame=frame, hint="{'val_loss': …}"
         )
     metrics: dict[str, float] = {}
-    for given, value in report.metrics.items():
+    for given, value in reported.items():
         name = given if isinstance(given, str) and given.startswith(_SPLITS) else f"val_{given}"
         if name in metrics:
             raise UserCodeError(f"a Report gives `{name}` twice, with and without its split", frame=frame)

@@ -42,9 +42,10 @@ def ramp_losses(
 ) -> list[float]:
     """Training losses of consecutive batches, each taken at its learning rate.
 
-    Loss i is that of batch i before the step at lrs[i]. Ends at the first loss that is not finite, which is not included,
-    or with the batches. Whatever happens, and also when the loss raises, the model's weights, buffers, gradients and
-    train/eval modes, the optimizer's state and groups, and all global random state are afterwards what they were.
+    Loss i is that of batch i before the step at lrs[i]. Ends at the first loss that is not finite, which is not
+    included, or with the batches. Whatever happens, and also when the loss raises, the model's weights, buffers,
+    gradients and train/eval modes, the optimizer's state and groups, and all global random state are afterwards what
+    they were.
 
     Args:
         model: in any mode; trained in training mode.
@@ -52,8 +53,8 @@ def ramp_losses(
         batches: (inputs, target) on the model's device.
         loss_fn: of (output, target), a scalar.
         lrs: one per step.
-        reference: the learning rate that the optimizer was made for; each group's own is multiplied by lr / reference, so
-            that groups keep their proportions. None: all groups get lr itself.
+        reference: the learning rate that the optimizer was made for; each group's own is multiplied by lr / reference,
+            so that groups keep their proportions. None: all groups get lr itself.
         grad_clip_norm: as in training, or None.
     """
     losses: list[float] = []
@@ -66,12 +67,12 @@ def ramp_losses(
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 set_lr(group, lr if reference is None else rate / reference * lr)
             loss = loss_fn(model(inputs), target)
-            value = float(loss)
+            value = float(loss.detach())
             if not math.isfinite(value):
                 break
             losses.append(value)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             if grad_clip_norm is not None:
                 nn.utils.clip_grad_norm_(trained, grad_clip_norm)
             optimizer.step()

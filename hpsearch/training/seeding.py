@@ -1,8 +1,8 @@
 """Global random state, lent and given back.
 
 Models draw their weights and dropout masks from torch's global generators, and user code may draw from numpy's or
-Python's. Each piece of training is seeded from what it is (trial seed, epoch), so nothing of that state has to be carried
-in a checkpoint; and what the process had before is put back, since it belongs to whoever called us.
+Python's. Each piece of training is seeded from what it is (trial seed, epoch), so nothing of that state has to be
+carried in a checkpoint; and what the process had before is put back, since it belongs to whoever called us.
 """
 
 from __future__ import annotations

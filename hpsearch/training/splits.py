@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from hpsearch.errors import UserCodeError
 from hpsearch.job import Outputs
 from hpsearch.task import Splits, Task, outputs_of
-from hpsearch.training.fingerprint import borrowed_rng, sample_rows
+from hpsearch.training.fingerprint import sample_rows, seeded_reading
 from hpsearch.training.user_code import user_code
 
 CHECK_BYTES = 64 << 20  # values are checked in chunks of about this size
@@ -138,7 +138,7 @@ def with_meaning(y: Tensor, outputs: Outputs) -> Tensor:
 
 def read_targets(name: str, split: Items) -> Tensor:
     """All targets of a Dataset, by reading its items once; global random state is left as it was."""
-    with borrowed_rng(seed=0):
+    with seeded_reading(0):
         targets = [_read_item(name, split.dataset, row)[1] for row in range(len(split))]
     shapes = {tuple(target.shape) for target in targets}
     if len(shapes) > 1:
@@ -182,7 +182,7 @@ def _read_items(name: str, dataset: Any) -> Items:
     n_items = len(dataset)
     if n_items == 0:
         _refuse(f"{name} has no rows", "every split that is given needs some; leave test out if there is none")
-    with borrowed_rng(seed=0):
+    with seeded_reading(0):
         samples = {row: _read_item(name, dataset, row) for row in sample_rows(n_items)}
     example = samples[0]
     for row, (x, y) in samples.items():
