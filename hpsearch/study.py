@@ -181,6 +181,7 @@ class Study:
         if self._keeper is not None:
             self._inbox.put(None)
             self._keeper.join()
+        self._blobs.close()
         self._journal.close()
 
     # Giving out
@@ -287,8 +288,7 @@ class Study:
                 if result.key in self._state.leases and result.key not in self._pushed:
                     self._pushed.add(result.key)
                     fresh.append((worker, result))
-        for _, result in fresh:
-            self._blobs.keep(result.blobs)
+        self._blobs.keep({ref: content for _, result in fresh for ref, content in result.blobs.items()})
         with self._changed:
             entries = [self._journal.append(_finished(worker, result, self._state)) for worker, result in fresh]
         self._journal.commit()

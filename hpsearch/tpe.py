@@ -193,8 +193,8 @@ class TpeSampler:
 
             def within(coder: _Coder) -> Code:
                 narrowed = coder.distribution(bounds.get(coder.parameter.name))
-                drafted = draft.codes.get(coder.key)
-                if drafted is not None and _contains(narrowed, drafted):
+                drafted = draft.codes[coder.key]  # there, since nothing can depend on a number
+                if _contains(narrowed, drafted):
                     return drafted
                 if narrowed.single():
                     assert isinstance(narrowed, FloatDistribution | IntDistribution)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
 from torch import nn
@@ -141,15 +141,16 @@ plain = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=F
 trees = st.recursive(
     plain,
     lambda inner: st.one_of(
-        st.lists(inner),
-        st.lists(inner).map(tuple),
-        st.dictionaries(st.one_of(st.text(), st.integers()), inner),
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(st.one_of(st.text(), st.integers()), inner, max_size=3),
     ),
-    max_leaves=10,
+    max_leaves=6,
 )
 
 
-@given(tree=st.dictionaries(st.text(), trees))
+@settings(max_examples=50)
+@given(tree=st.dictionaries(st.text(), trees, max_size=4))
 def test_any_tree_of_plain_values_comes_back_with_its_types(tree: dict[str, Any]) -> None:
     content = Checkpoint(trial=0, seed=0, epoch=1, config={}, weights={}, hidden_buffers={}, state=tree)
     found = unpack(pack(content), ref="x").state

@@ -93,7 +93,7 @@ def test_interval_holds_its_value_or_is_none(values: list[float], seed: int) -> 
 
 
 def test_expansion_for_many_rows_agrees_with_the_drawn_quantiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = losses(20_000, 3)
+    values = losses(20_000, 3) ** 2  # skewed enough that the correction moves both ends by several per cent
     drawn = mean_interval(values, seed=0)
     monkeypatch.setattr(hpsearch.intervals, "LARGE_ROWS", 10_000)
     expanded = mean_interval(values, seed=0)
@@ -101,15 +101,18 @@ def test_expansion_for_many_rows_agrees_with_the_drawn_quantiles(monkeypatch: py
     assert drawn.high is not None
     width = drawn.high - drawn.low
     # A quantile of 2,000 draws has a standard error of 0.06 standard errors of the mean, 1.5 % of the width.
-    assert expanded.low == pytest.approx(drawn.low, abs=0.09 * width)
-    assert expanded.high == pytest.approx(drawn.high, abs=0.09 * width)
+    assert expanded.low == pytest.approx(drawn.low, abs=0.05 * width)
+    assert expanded.high == pytest.approx(drawn.high, abs=0.05 * width)
+    assert expanded.low is not None
+    assert expanded.high is not None
+    assert expanded.high - expanded.value > 1.05 * (expanded.value - expanded.low)
 
 
-def test_ten_thousand_rows_take_under_a_second() -> None:
+def test_ten_thousand_rows_take_under_a_second_of_processor_time() -> None:
     values = losses(10_000, 0)
-    start = time.perf_counter()
+    start = time.process_time()
     mean_interval(values, seed=0)
-    assert time.perf_counter() - start < 1.0  # 0.12 s on one core
+    assert time.process_time() - start < 1.0  # 0.12 s on one core
 
 
 def test_higher_level_is_wider() -> None:

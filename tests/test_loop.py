@@ -300,7 +300,7 @@ def test_shuffle_off_trains_in_the_splits_order_and_augment_is_called_in_trainin
 def test_a_nan_train_loss_diverges_without_an_evaluation() -> None:
     class Nan(Linear):
         def loss(self, output: Tensor, target: Tensor) -> Tensor:
-            return F.cross_entropy(output, target) * math.nan
+            return F.cross_entropy(output, target) * (math.nan if output.requires_grad else 1.0)
 
         def metrics(self, output: Tensor, target: Tensor) -> dict[str, Any]:
             raise AssertionError("not asked")
@@ -335,15 +335,16 @@ def test_a_val_metric_that_is_nan_diverges() -> None:
 
 def test_a_last_step_into_nan_weights_is_diverged_and_not_the_metrics_crash() -> None:
     class Sklearn(Linear):
+        def loss(self, output: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(output, target) + (output * 0).sqrt().sum()  # finite, and its gradient is not
+
         def metrics(self, output: Tensor, target: Tensor) -> dict[str, Any]:
             if output.isnan().any():
                 raise ValueError("Input contains NaN.")
             return {}
 
-    training = start(Sklearn(), {"optimizer": "sgd", "lr": 1e38, "batch_size": 100})
-    with pytest.raises(TrialDiverged, match=r"val_loss is (nan|inf)"):
-        training.train_epoch()
-        training.train_epoch()
+    with pytest.raises(TrialDiverged, match="val_loss is nan"):
+        start(Sklearn(), {"batch_size": 100}).train_epoch()
 
 
 class ModelOf(Classes):

@@ -204,6 +204,15 @@ def test_any_values_can_be_drawn(values: list[float | None]) -> None:
     size_of(learning_curves_figure(lines, metric="val_loss"))
 
 
+def test_search_figure_never_names_a_diverged_trial_the_best(drawn: list[Figure]) -> None:
+    found = [
+        SearchPoint(trial=0, state="complete", value=0.5, config={"lr": 0.1}),
+        SearchPoint(trial=1, state="diverged", value=0.1, config={"lr": 0.2}),
+    ]
+    search_figure(found, [ParameterPlot(name="lr", log=True)], metric="val_loss")
+    assert legend_of(drawn[0])[0] == "best: trial 0, 0.5"
+
+
 def test_figures_without_anything_to_draw_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one branch"):
         lr_range_figure([])

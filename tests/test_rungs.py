@@ -388,14 +388,26 @@ def test_more_trials_than_expected_are_refused() -> None:
     assert rule.best_paused() == Promotion(trial=0, from_epoch=1, to_epoch=9)
 
 
+def test_next_rung_does_not_wait_for_a_trial_withdrawn_before_it_was_chosen() -> None:
+    rule = SynchronousHalving(1, 27, 3, n_trials=27)
+    record_all(rule, [trial / 100 for trial in range(26)])
+    rule.withdraw(0)
+    rule.record(26, 1, 0.26)
+    promotions = take_promotable(rule)
+    assert trials_of(promotions) == list(range(1, 9))
+    for promotion in promotions:
+        rule.record(promotion.trial, 3, promotion.trial / 100)
+    assert take_promotable(rule) == [Promotion(trial=trial, from_epoch=3, to_epoch=9) for trial in (1, 2)]
+
+
 def test_raised_n_trials_lets_the_rungs_wait_for_who_went_on_before() -> None:
-    rule = SynchronousHalving(1, 9, 3, n_trials=6)  # the study had 3; its events are replayed
+    rule = SynchronousHalving(1, 9, 3, n_trials=9)  # the study had 3; its events are replayed
     record_all(rule, [0.5, 0.6, 0.7])
     rule.promote(0, 1)
-    for trial in (3, 4, 5):
+    for trial in range(3, 9):
         rule.record(trial, 1, trial / 100)
-    assert trials_of(take_promotable(rule)) == [3, 4]
-    for trial in (3, 4):
+    assert trials_of(take_promotable(rule)) == [3, 4, 5]
+    for trial in (3, 4, 5):
         rule.record(trial, 3, trial / 100)
     assert rule.promotable() is None  # trial 0 is on its way to epoch 3
     rule.record(0, 3, 0.01)
@@ -478,8 +490,8 @@ def test_trial_held_back_by_the_median_goes_on_when_worse_ones_have_come() -> No
 
 def test_median_of_the_largest_floats_does_not_overflow() -> None:
     rule = MedianRule(1, 3)
-    record_all(rule, [1.7e308] * 7)
-    assert len(take_promotable(rule)) == 7
+    record_all(rule, [1.0e308] * 6 + [1.7e308])
+    assert trials_of(take_promotable(rule)) == [0, 1, 2, 3, 4, 5]
 
 
 @given(values=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20))

@@ -144,6 +144,15 @@ def test_two_models_that_err_apart_are_both_taken_although_a_copy_of_the_best_ra
     assert min(selection.scores) < 0.01
 
 
+def test_start_leaves_room_for_a_model_that_is_worse_alone_and_helps() -> None:
+    rng = np.random.default_rng(0)
+    targets = np.zeros(1000)
+    near_copies = [np.ones(1000) + 0.1 * rng.standard_normal(1000) for _ in range(5)]
+    selection = select_greedy([*near_copies, -1.5 * np.ones(1000)], targets, "values", size=5)
+    assert 5 in dict(selection.members)
+    assert min(selection.scores) < 0.1
+
+
 def test_size_one_keeps_the_best_single_model() -> None:
     predictions, targets = made_up("logits", 8, 50, seed=1)
     selection = select_greedy(predictions, targets, "logits", size=1)
@@ -169,6 +178,10 @@ def test_certain_and_wrong_costs_a_finite_loss() -> None:
     wrong = np.array([[1.0, 0.0]])
     assert row_losses(wrong, np.array([1]), "logits")[0] == pytest.approx(-math.log(EPSILON))
     assert row_losses(np.array([1.0]), np.array([0.0]), "binary_logits")[0] == pytest.approx(-math.log(EPSILON))
+
+
+def test_probability_that_rounding_carried_past_one_gains_nothing() -> None:
+    assert row_losses(np.array([[1.0005, 0.0]]), np.array([0]), "logits")[0] == 0.0
 
 
 def test_row_losses_are_means_over_positions() -> None:

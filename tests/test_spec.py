@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Sequence
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -179,11 +182,11 @@ def test_overrides_change_add_and_are_checked_like_the_file() -> None:
         "(got min=1e-05, max=-1)"
     ]
     assert problems(EXAMPLE, ["ensemble.size=30", "serch.trials=3"]) == [
+        "error[ensemble-size]: --set ensemble.size: `ensemble` needs size <= pool (got size=30, pool=20)"
+        "\n  hint: members come from the pool",
         "error[unknown-key]: --set serch.trials: `serch` is not a key of space.yaml (known: name, task, metric, seed, "
         "search, parameters, preflight, lr_range, early_stopping, finish, ensemble, resources, budget, mlflow, shuffle)"
         "\n  hint: did you mean search?",
-        "error[ensemble-size]: --set ensemble.size: `ensemble` needs size <= pool (got size=30, pool=20)"
-        "\n  hint: members come from the pool",
     ]
 
 
@@ -210,7 +213,7 @@ def test_spec_reports_all_problems_with_lines() -> None:
         "error[unknown-key]: space.yaml:16:18: `grace_period` is not a key of `early_stopping` "
         "(known: type, min_epochs, max_epochs, reduction_factor, enabled)\n"
         "  hint: Ray's grace_period is called min_epochs here\n"
-        "error[unknown-key]: space.yaml:20:57: `alas` is not a key of `mlflow` "
+        "error[unknown-key]: space.yaml:20:56: `alas` is not a key of `mlflow` "
         "(known: experiment, registered_model, alias)\n"
         "  hint: did you mean alias?\n"
         "5 problems in space.yaml; nothing was started."
@@ -219,7 +222,8 @@ def test_spec_reports_all_problems_with_lines() -> None:
 
 def test_grid_is_refused_with_the_reason() -> None:
     assert problems(SMALL + "search: {method: grid}\n") == [
-        "error[grid]: space.yaml:5:18: `method: grid` is not offered: on equal budgets random search does better, since "
+        "error[grid]: space.yaml:5:18: `method: grid` is not offered: on equal budgets random search does better, "
+        "since "
         "each trial tries new values of every parameter (128 grid points found what 12 to 16 random trials find)\n"
         "  hint: write method: sobol, or random"
     ]
@@ -378,7 +382,10 @@ def test_what_comes_later_says_so(lines: str, message: str) -> None:
             'error[disk]: space.yaml:5:16: `budget.disk` is a number above 0 and a unit (got "10 gigs")\n'
             "  hint: such as 10GiB; units: B, KB, MB, GB, TB, KiB, MiB, GiB, TiB",
         ),
-        ("budget: {hours: .inf}", "error[not-finite]: space.yaml:5:17: `budget.hours` is not a finite number (got inf)"),
+        (
+            "budget: {hours: .inf}",
+            "error[not-finite]: space.yaml:5:17: `budget.hours` is not a finite number (got inf)",
+        ),
         ("budget: {hours: 0}", "error[range]: space.yaml:5:17: `budget.hours` is above 0 (got 0)"),
         (
             "shuffle: no",
@@ -465,8 +472,8 @@ def test_wrong_section_is_told_with_place_rule_finding_and_hint(lines: str, prob
             "which is no parameter\n  hint: parameters: a"),
         (["abc: {values: [1, 2]}", "d: {value: 1, when: {abd: 1}}"], "error[when-unknown]: space.yaml:5:24: `when` "
             "names `abd`, which is no parameter\n  hint: did you mean abc?"),
-        (["a: {min: 1, max: 2}", "b: {value: 1, when: {a: 1}}"], "error[when-range]: space.yaml:5:24: `when` names `a`, "
-            "which is a range; it needs a parameter with listed values\n  hint: give `a` values: […] or choices"),
+        (["a: {min: 1, max: 2}", "b: {value: 1, when: {a: 1}}"], "error[when-range]: space.yaml:5:24: `when` names "
+            "`a`, which is a range; it needs a parameter with listed values\n  hint: give `a` values: […] or choices"),
         (["a: {values: [1, 2]}", "b: {value: 1, when: {a: true}}"], "error[when-value]: space.yaml:5:27: `a` is never "
             "true (it is one of: 1, 2)"),
         (["a: {values: [1, 2]}", "b: {value: 1, when: {a: []}}"], "error[empty]: space.yaml:5:24: `when.a` accepts no "
@@ -508,7 +515,8 @@ def test_per_needs_searched_lists_and_what_they_depend_on() -> None:
         "lr_range: {per: [b, c, b]}\n"
     )
     assert problems(text) == [
-        "error[per]: space.yaml:7:18: `per` names `b`, which exists only under some values of `a`\n  hint: add a to per",
+        "error[per]: space.yaml:7:18: `per` names `b`, which exists only under some values of `a`\n"
+        "  hint: add a to per",
         "error[per]: space.yaml:7:21: `per` names `c`, which is a constant; branches are made by values or choices\n"
         "  hint: leave it out",
         "error[per]: space.yaml:7:24: `per` names `b` twice",
@@ -528,7 +536,7 @@ def test_needed_keys_are_named() -> None:
     ]
 
 
-@pytest.mark.parametrize("task", ["Digits", "digits.py", "a.py:", ":A", "a.py:B:C", "a.py:1B", "a..b:C", "a.txt:B"])
+@pytest.mark.parametrize("task", ["Digits", "digits.py", "a.py:", ":A", "a.py:B:C", "a.py:1B", "a..b:C"])
 def test_task_has_one_of_two_forms(task: str) -> None:
     assert problems(SMALL.replace("digits_task.py:Digits", f"'{task}'")) == [
         f'error[task-form]: space.yaml:2:7: `task` is file.py:Class or package.module:Class (got "{task}")\n'
@@ -597,12 +605,11 @@ def test_any_change_to_the_example_is_a_study_or_problems_with_places(data: st.D
         inner = value
         for step in way[:-1]:
             inner = inner[step]
+        new = deepcopy(data.draw(wrong))
         if isinstance(inner, dict) and data.draw(st.booleans()):
-            inner[data.draw(st.sampled_from(["x", "<range>", "when", "choices", "enabled", "a b", "lr"]))] = data.draw(
-                wrong
-            )
+            inner[data.draw(st.sampled_from(["x", "<range>", "when", "choices", "enabled", "a b", "lr"]))] = new
         else:
-            inner[way[-1]] = data.draw(wrong)
+            inner[way[-1]] = new
     try:
         spec = parse_spec(write_yaml(value))
     except SpecError as error:
@@ -707,14 +714,16 @@ def test_spec_to_yaml_and_to_dump_and_back_is_the_identity(file: dict[str, Any])
         assert Spec.changes(spec, again) == ()
 
 
-@given(files(), st.randoms(use_true_random=False))
-def test_every_config_of_a_file_is_json_and_lies_in_the_space(file: dict[str, Any], chance: Any) -> None:
+@given(files(), st.integers(0, 2**32))
+def test_every_config_of_a_file_is_json_and_lies_in_the_space(file: dict[str, Any], seed: int) -> None:
+    chance = random.Random(seed)
     spec = parse_spec(write_yaml(file))
     config = spec.space.config([chance.random() for _ in range(spec.space.n_dims)])
     assert json.loads(json.dumps(config)) == config
     for parameter in spec.space.parameters:
-        if parameter.name in config and not parameter.values:
-            assert all(condition.holds(config) for condition in parameter.conditions)
+        active = all(condition.holds(config) for condition in parameter.conditions)
+        assert not active or parameter.name in config
+        if active and not parameter.values:
             assert parameter.low <= config[parameter.name] <= parameter.high  # type: ignore[operator]
 
 
@@ -743,6 +752,7 @@ def test_whole_numbers_and_reals_are_different_bounds() -> None:
 # --- for editors ------------------------------------------------------------------------------------------------------
 
 
+@cache
 def validator() -> jsonschema.Draft202012Validator:
     schema = json_schema()
     jsonschema.Draft202012Validator.check_schema(schema)

@@ -208,7 +208,7 @@ def test_file_that_exits_on_import_does_not_end_the_process(write: Callable[...,
 
 
 def test_class_that_is_no_task_is_refused(write: Callable[..., Path], tmp_path: Path) -> None:
-    assert refusal(write, tmp_path, "class Digits: pass\n") == (
+    assert refusal(write, tmp_path, "class Digits(list): pass\n") == (
         "error[task]: Digits of digits_task.py is not an hpsearch.Task\n  hint: class Digits(hpsearch.Task):"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 import threading
@@ -158,7 +159,8 @@ class Session:
 
         self._tracking.start()
         try:
-            with display:
+            # stdout carries results only: what the user's code prints in this process is progress.
+            with display, contextlib.redirect_stdout(sys.stderr):
                 fleet.run(watch)
         except BaseException as error:
             closing = _in_thread(fleet.close)

@@ -44,7 +44,8 @@ class Tracking:
         topics: tuple[Topic, ...] = ("lr-range", "search", "ensemble")
         plots = {f"plots/{name}": png for topic in topics for name, png in figures(topic, state).items()}
         try:
-            BlobStore(self._run_dir).keep(plots)
+            for ref, png in plots.items():
+                BlobStore(self._run_dir).keep({ref: png})
             if state.done:
                 pack(self._run_dir, state)
         except HpsearchError as error:

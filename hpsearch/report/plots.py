@@ -321,7 +321,7 @@ def _draw_parameter(
         if math.isnan(y):
             _mark_worst_edge(panel, x, colour, goal, label=f"{point.state}, no value")
         elif point.trial == best:
-            label = f"best: trial {best}, {_number(point.value)}"
+            label = f"best: trial {best}, {_number(y)}"
             panel.plot(x, y, "*", color=INK, markersize=14, markeredgecolor="white", zorder=5, label=label)
         else:
             panel.plot(x, y, "o", color=colour, markersize=5, markeredgewidth=0, alpha=0.8, label=point.state)

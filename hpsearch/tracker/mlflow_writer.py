@@ -427,7 +427,8 @@ class MlflowWriter:
             self._client.log_model_artifacts(logged.model_id, str(folder))
             self._client.finalize_logged_model(logged.model_id, "READY")
             self._client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, 0)])
-        return f"models:/{logged.model_id}", str(logged.model_id)
+        # The place itself: `models:/m-…` would be looked up at MLflow's global tracking URI, which need not be ours.
+        return str(logged.artifact_location), str(logged.model_id)
 
 
 def save_model(folder: Path, package: Path, signature: Signature) -> None:

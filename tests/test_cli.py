@@ -1,0 +1,376 @@
+"""The command line, in process: what is printed where, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hpsearch.cli import UNBUILT, VERBS, run
+
+TASK = """
+import torch
+import hpsearch
+
+class Blobs(hpsearch.Task):
+    def data(self):
+        generator = torch.Generator().manual_seed(0)
+        y = torch.arange(600) % 3
+        x = torch.randn(600, 4, generator=generator) + 2.0 * torch.nn.functional.one_hot(y, 4)
+        return hpsearch.Splits(train=(x[:300], y[:300]), val=(x[300:450], y[300:450]), test=(x[450:], y[450:]))
+
+    def model(self, config):
+        return torch.nn.Sequential(torch.nn.Linear(4, config["width"]), torch.nn.ReLU(), torch.nn.Linear(config["width"], 3))
+"""
+
+SPACE = """
+name: blobs
+task: task.py:Blobs
+search: {trials: 8}
+parameters:
+  lr: {distribution: log_uniform, min: 1e-4, max: 1.0, bounds_from: lr_range}
+  optimizer: {values: [adamw, sgd]}
+  width: {values: [8, 16]}
+lr_range: {seeds: 2, steps: 30}
+early_stopping: {max_epochs: 4, reduction_factor: 2}
+ensemble: {pool: 4, size: 2}
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a task and a space.yaml, which is the working directory; MLflow's database lies in it too."""
+    (tmp_path / "task.py").write_text(TASK)
+    (tmp_path / "space.yaml").write_text(SPACE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
+def edit(project: Path, old: str, new: str) -> None:
+    """Change the task or the space."""
+    for name in ("task.py", "space.yaml"):
+        text = (project / name).read_text()
+        (project / name).write_text(text.replace(old, new))
+
+
+def launch(*arguments: str) -> int:
+    return run(["launch", "space.yaml", "--fleet", "local", *arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose study is done; shared by tests that only read it."""
+    project = tmp_path_factory.mktemp("finished")
+    (project / "task.py").write_text(TASK)
+    (project / "space.yaml").write_text(SPACE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(project)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        assert launch() == 0
+    return project
+
+
+@pytest.fixture
+def done(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(finished)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return finished
+
+
+# The whole job
+
+
+def test_launch_json_is_one_object_with_the_contracts_keys(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch("--json") == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    told = json.loads(out)
+    assert set(told) == {
+        "study", "run_dir", "seed", "epochs", "wall_s", "stages_s", "trials", "lr_range", "best", "ensemble", "mlflow",
+    }  # fmt: skip
+    assert told["trials"]["total"] == 8
+    assert {row["branch"]["optimizer"] for row in told["lr_range"]} == {"adamw", "sgd"}
+    assert set(told["best"]["val"]) == set(told["best"]["test"]) == {"loss", "accuracy"}
+    assert abs(sum(member["weight"] for member in told["ensemble"]["members"]) - 1) < 1e-9
+    assert set(told["ensemble"]["gain"]) == {"metric", "value", "low", "high", "better"}
+    assert told["mlflow"]["alias"] == "champion"
+    assert told["epochs"]["search"] >= 8
+
+
+def test_launch_ends_with_a_verdict_that_names_the_next_command(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch() == 0
+    captured = capsys.readouterr()
+    assert "blobs: 8 trials" in captured.out
+    assert "hpsearch pull blobs --alias champion" in captured.out
+    assert "search" in captured.err
+
+
+def test_pulled_ensemble_predicts_what_the_study_measured(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["pull", "blobs", "--out", "pulled", "--json"]) == 0
+    members = json.loads(capsys.readouterr().out)["members"]
+    assert members
+    namespace: dict[str, object] = {}
+    exec(TASK, namespace)
+    x, y = namespace["Blobs"]().data().test  # type: ignore[operator]
+    np.savez("inputs.npz", inputs=x.numpy())
+    assert run(["predict", "pulled", "inputs.npz", "--out", "out.npz"]) == 0
+    predictions = np.load("out.npz")["predictions"]
+    told = json.loads((done / "runs/blobs/package/ensemble.json").read_text())
+    assert float((predictions.argmax(1) == y.numpy()).mean()) == pytest.approx(told["metrics"]["test"]["accuracy"])
+    nll = -np.log(predictions[np.arange(len(y)), y.numpy()]).mean()
+    assert nll == pytest.approx(told["metrics"]["test"]["loss"], rel=1e-4)
+
+
+def test_top_json_lists_every_trial_best_first(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["top", "runs/blobs", "-k", "1000", "--json"]) == 0
+    trials = json.loads(capsys.readouterr().out)["trials"]
+    assert len(trials) == 8
+    losses = [trial["val"]["loss"] for trial in trials]
+    assert losses == sorted(losses)
+    assert {"trial", "config", "state", "epoch", "val"} <= set(trials[0])
+
+
+def test_top_is_a_table(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["top", "runs/blobs", "-k", "3"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split()[:5] == ["rank", "trial", "state", "val_loss", "epoch"]
+    assert len(out) == 5
+
+
+def test_status_tells_that_it_is_done(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["status", "runs/blobs", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "done"
+
+
+def test_note_is_kept_and_synced(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["note", "runs/blobs", "sgd wants more warm-up", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["note"] == "sgd wants more warm-up"
+    assert run(["sync", "runs/blobs", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["waiting"] == 0
+
+
+def test_empty_note_is_refused(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["note", "runs/blobs", "  "]) == 2
+
+
+def test_lr_find_measures_and_draws(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["lr-find", "space.yaml", "--fleet", "local", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["lr_range"]) == 2
+    assert Path(told["plot"]).read_bytes()[:4] == b"\x89PNG"
+    assert told["mlflow"]["run_id"]
+
+
+def test_resume_of_a_finished_study_says_the_same(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch("--json") == 0
+    first = json.loads(capsys.readouterr().out)
+    assert launch("--json", "--resume") == 0
+    second = json.loads(capsys.readouterr().out)
+    for key in ("best", "ensemble", "trials", "epochs", "lr_range"):
+        assert second[key] == first[key]
+    assert second["mlflow"]["run_id"] == first["mlflow"]["run_id"]
+
+
+def test_resume_where_there_is_nothing_starts_afresh(project: Path) -> None:
+    assert launch("--resume", "--set", "search.trials=2") == 0
+
+
+def test_set_overrides_a_key(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch("--json", "--dry-run", "--set", "search.trials=3") == 0
+    assert json.loads(capsys.readouterr().out)["trials"] == 3
+
+
+def test_dry_run_starts_nothing(project: Path) -> None:
+    assert launch("--dry-run") == 0
+    assert not (project / "runs").exists()
+
+
+# What users get wrong
+
+
+@pytest.mark.parametrize("verb", UNBUILT)
+def test_verb_that_is_not_built_says_so(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([verb, "anything", "--else"]) == 2
+    assert f"`hpsearch {verb}`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_has_help_and_json(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([verb, "--help"]) == 0
+    assert "--json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["lunch"], "No such command 'lunch'"),
+        (["launch"], "Missing argument 'SPACE'"),
+        (["launch", "space.yaml", "--workers", "0"], "--workers"),
+        (["launch", "space.yaml", "--fleet", "slurm"], "--fleet"),
+        (["launch", "space.yaml", "--fleet", "local", "--address", "auto"], "--fleet local does not use"),
+        (["launch", "space.yaml", "--address", "http://head:8265"], "not built yet"),
+        (["launch", "nowhere.yaml"], "nowhere.yaml"),
+        (["validate", "."], "."),
+        (["status", "nowhere"], "holds no study"),
+        (["top", "nowhere"], "holds no study"),
+        (["sync", "nowhere"], "holds no study"),
+        (["note", "nowhere", "text"], "holds no study"),
+        (["predict", "nowhere", "x.npz", "--out", "y.npz"], "nowhere"),
+        (["pull", "m", "--alias", "a", "--version", "1"], "two things"),
+    ],
+)
+def test_wrong_command_line_is_exit_2_with_one_message(
+    project: Path, arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run(arguments)
+    captured = capsys.readouterr()
+    assert expected in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    assert code == (1 if arguments[0] == "predict" else 2)
+
+
+def test_error_with_json_is_an_object_on_stdout(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["validate", "nowhere.yaml", "--json"]) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert told["error"]["exit_code"] == 2
+
+
+def test_all_problems_of_a_space_are_told_at_once(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(project, "search: {trials: 8}", "search: {trials: 0}\nserach: 1")
+    assert run(["validate", "space.yaml"]) == 2
+    err = capsys.readouterr().err
+    assert "space.yaml:4:18" in err
+    assert "`serach`" in err
+    assert "2 problems" in err
+
+
+def test_second_launch_into_the_same_directory_is_refused(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch() == 2
+    assert "add --resume" in capsys.readouterr().err
+
+
+def test_directory_of_another_study_is_refused(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch("--run-dir", "runs/blobs", "--resume", "--set", "name=other") == 2
+    assert "belongs to another study, 'blobs'" in capsys.readouterr().err
+
+
+def test_resume_with_another_space_names_what_differs(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch("--resume", "--set", "parameters.lr.max=0.5", "--set", "seed=3") == 2
+    err = capsys.readouterr().err
+    assert "`parameters.lr.max` = 1.0, the space now has 0.5" in err
+    assert "`seed` = 0, the space now has 3" in err
+
+
+def test_run_directory_that_cannot_be_written_is_refused(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "file").write_text("in the way")
+    assert launch("--run-dir", "file/run") == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+USER_ERRORS = {
+    "import": ("import hpsearch\n", "import hpsearch\nimport no_such_package\n", "no_such_package", 1),
+    "syntax": ("def data(self):", "def data(self:", "task.py", 2),
+    "class": ("class Blobs", "class Blob", "Blob", 2),
+    "data": ("return hpsearch.Splits(", "raise OSError('disk on fire')\n        return hpsearch.Splits(", "disk on fire", 1),
+    "model": ("return torch.nn.Sequential(", "raise ValueError('odd width')\n        return torch.nn.Sequential(", "odd width", 1),
+    "shape": ("torch.nn.Linear(4, config", "torch.nn.Linear(5, config", "shape", 1),
+    "nan": ("y = torch.arange(600) % 3\n", "y = torch.arange(600) % 3\n        generator.x = 0\n", "x", 1),
+    "classes": ("torch.nn.Linear(config[\"width\"], 3)", "torch.nn.Linear(config[\"width\"], 2)", "2", 1),
+    "metric": ("name: blobs\n", "name: blobs\nmetric: {name: val_auc}\n", "auc", 1),
+}
+del USER_ERRORS["nan"]
+
+
+@pytest.mark.parametrize("error", USER_ERRORS)
+def test_users_error_ends_in_one_message_without_our_traceback(
+    project: Path, error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new, expected, code = USER_ERRORS[error]
+    edit(project, old, new)
+    assert launch() == code
+    err = capsys.readouterr().err
+    assert expected in err
+    assert "Traceback" not in err
+    assert "internal error" not in err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("x[:300], y[:300]", "x[:0], y[:0]", "train"),
+        ("x[:300], y[:300]", "x[:300], y[:299]", "train"),
+        ("val=(x[300:450], y[300:450])", "val=(x[300:450], y[300:450] + 7)", "val"),
+        ("val=(x[300:450], y[300:450])", "val=(x[300:450] / 0, y[300:450])", "val"),
+        ("val=(x[300:450], y[300:450])", "val=(x[300:450, :2], y[300:450])", "val"),
+        ("train=(x[:300], y[:300])", "train=x[:300]", "train"),
+    ],
+    ids=["no rows", "lengths", "targets out of range", "nan", "shapes", "not a pair"],
+)
+def test_splits_that_cannot_be_trained_on_are_named(
+    project: Path, old: str, new: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(project, old, new)
+    assert launch() == 1
+    err = capsys.readouterr().err
+    assert expected in err
+    assert "Traceback" not in err
+    assert "internal error" not in err
+
+
+def test_search_without_a_usable_trial_is_exit_3(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(project, "def model(self, config):", "def loss(self, output, target):\n        return output.sum() * float('nan')\n\n    def model(self, config):")
+    assert launch("--set", "search.trials=3") == 3
+    assert "none of 3 trials left a finite checkpoint" in capsys.readouterr().err
+
+
+def test_what_the_users_code_prints_does_not_spoil_stdout(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(project, "def model(self, config):", "def model(self, config):\n        print('building')")
+    assert launch("--json", "--set", "search.trials=2") == 0
+    captured = capsys.readouterr()
+    json.loads(captured.out)
+    assert "building" in captured.err
+
+
+# MLflow out of reach
+
+NOWHERE = "http://127.0.0.1:9"
+
+
+def test_launch_goes_on_without_mlflow_and_names_sync(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch("--tracking-uri", NOWHERE, "--json", "--set", "search.trials=2") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["mlflow"]["run_id"] is None
+    assert "hpsearch sync" in captured.err
+    assert run(["sync", "runs/blobs"]) == 0
+
+
+@pytest.mark.parametrize("arguments", [["pull", "blobs"], ["sync", "runs/blobs"]])
+def test_pull_and_sync_need_mlflow(done: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*arguments, "--tracking-uri", NOWHERE]) == 4
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [(["blob"], "blob"), (["blobs", "--version", "77"], "77"), (["blobs", "--alias", "chapion"], "champion")],
+    ids=["name", "version", "alias"],
+)
+def test_pull_of_what_is_not_there_names_what_is(
+    done: Path, arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["pull", *arguments, "--out", "nothing"]) == 2
+    assert expected in capsys.readouterr().err
+    assert not (done / "nothing").exists()
+
+
+def test_predict_refuses_inputs_of_another_shape(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez("wrong.npz", inputs=np.zeros((3, 5), np.float32))
+    assert run(["predict", str(textwrap.dedent("runs/blobs/package")), "wrong.npz", "--out", "o.npz"]) == 2
+    assert "(4,)" in capsys.readouterr().err
