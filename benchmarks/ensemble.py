@@ -10,13 +10,10 @@ minutes and gigabytes of copies. Writes benchmarks/results/ensemble.json with ve
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,10 +22,10 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks._record import keep
 from hpsearch.selection import EPSILON, select_greedy
 
 T = TypeVar("T")
-RESULTS = Path(__file__).parent / "results"
 
 
 def made_up_models(n_models: int, n_rows: int, n_classes: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -86,15 +83,6 @@ def best_of_three(call: Callable[[], T]) -> tuple[T, float]:
     return answer, min(times)
 
 
-def cpu_name() -> str:
-    """The processor's own name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else "")
     parser.add_argument("--models", type=int, nargs="+", default=[100, 1_000])
@@ -110,10 +98,10 @@ def main() -> None:
     for n_models in sorted(args.models):
         for size in args.sizes:
             probs = probs_MNC[:n_models]
-            selection, ours_s = best_of_three(lambda p=probs, s=size: select_greedy(list(p), targets, "logits", size=s))
+            selection, ours_s = best_of_three(partial(select_greedy, list(probs), targets, "logits", size=size))
             row: dict[str, object] = {"models": n_models, "size": size, "select_greedy(s)": round(ours_s, 4)}
             if n_models == min(args.models):
-                plain, plain_s = best_of_three(lambda p=probs, s=size: select_plainly(p, targets, size=s))
+                plain, plain_s = best_of_three(partial(select_plainly, probs, targets, size=size))
                 same = plain == dict(selection.members)
                 row |= {"plain_loop(s)": round(plain_s, 4), "ratio": round(plain_s / ours_s, 1), "same_picks": same}
                 tail = f"{plain_s:13.2f}  {plain_s / ours_s:5.1f}x  {'yes' if same else 'NO'}"
@@ -123,20 +111,8 @@ def main() -> None:
             measured.append(row)
     print("The plain loop runs at the smallest count of models only.")
 
-    record = {
-        "what": "greedy ensemble selection on probabilities, seconds of wall time, best of three runs",
-        "date": datetime.date.today().isoformat(),
-        "hardware": {"cpu": cpu_name(), "cores": os.cpu_count()},
-        "versions": {"python": platform.python_version(), "numpy": np.__version__},
-        "rows": args.rows,
-        "classes": args.classes,
-        "rounds": 25,
-        "measured": measured,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "ensemble.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"wrote {os.path.relpath(path)}")
+    what = "greedy ensemble selection on probabilities, seconds of wall time, best of three runs"
+    keep("ensemble", what, measured, packages=["numpy"], rows=args.rows, classes=args.classes, rounds=25)
 
 
 if __name__ == "__main__":

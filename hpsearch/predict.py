@@ -273,9 +273,8 @@ def open_session(data: bytes, name: str, *, threads: int | None = None) -> Infer
     """
     import onnxruntime
 
-    onnxruntime.set_default_logger_severity(4)  # only what is fatal: everything else is raised as well
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
+    options.log_severity_level = 4  # only what is fatal: everything else is raised as well
     options.intra_op_num_threads = threads or min(MAX_THREADS, os.cpu_count() or 1)
     options.inter_op_num_threads = 1
     # Bytes that parse as ONNX must not be taken for onnxruntime's own format, which was not checked.

@@ -313,21 +313,19 @@ class SynchronousHalving(_Ladder):
     def _arrive(self, trial: int) -> None:
         """Decides the rungs that waited for nobody but this trial, lowest first."""
         self._arrived.add(trial)
-        if self._n_decided == 0 and len(self._arrived) >= self._n_trials:
-            self._decide_lowest()
-        elif trial in self._awaited and not self._is_on_its_way(trial):
+        if trial in self._awaited and not self._is_on_its_way(trial):
             self._awaited.remove(trial)
-        while 0 < self._n_decided < len(self.epochs) and not self._awaited:
-            self._decide_lowest()
+        while self._n_decided < len(self.epochs) and self._all_have_come():
+            self._decide(self._rungs[self.epochs[self._n_decided]])
 
-    def _decide_lowest(self) -> None:
-        """Decides the lowest undecided rung, if one is left."""
-        for epoch in self.epochs[self._n_decided : self._n_decided + 1]:
-            rung = self._rungs[epoch]
-            self._n_decided += 1
-            chosen = {trial for _, trial in rung.ranking[: len(rung) // self._reduction_factor]}
-            gone = rung.value_of.keys() - {trial for _, trial in rung.paused}
-            self._awaited = {trial for trial in chosen | gone if self._is_on_its_way(trial)}
+    def _all_have_come(self) -> bool:
+        return not self._awaited if self._n_decided else len(self._arrived) >= self._n_trials
+
+    def _decide(self, rung: _Rung) -> None:
+        self._n_decided += 1
+        chosen = {trial for _, trial in rung.ranking[: len(rung) // self._reduction_factor]}
+        gone = rung.value_of.keys() - {trial for _, trial in rung.paused}
+        self._awaited = {trial for trial in chosen | gone if self._is_on_its_way(trial)}
 
     def _is_on_its_way(self, trial: int) -> bool:
         """Whether the lowest undecided rung has still to see the trial."""

@@ -145,10 +145,13 @@ class Space:
         circle = condition_circle(self.parameters)
         if circle:
             raise ValueError(f"conditions go in a circle: {' -> '.join(circle)}")
-        parents = {condition.parent for parameter in self.parameters for condition in parameter.conditions}
+        listed = {parameter.name for parameter in self.parameters if parameter.values}
         for parameter in self.parameters:
-            if parameter.name in parents and not parameter.values:
-                raise ValueError(f"{parameter.name} has no list of values, so nothing can depend on it")
+            for condition in parameter.conditions:
+                if condition.parent not in self.names:
+                    raise ValueError(f"{parameter.name} depends on {condition.parent}, which does not exist")
+                if condition.parent not in listed:
+                    raise ValueError(f"{condition.parent} has no list of values, so nothing can depend on it")
         object.__setattr__(self, "_order", tuple(self._parents_first()))
 
     @cached_property
@@ -249,7 +252,7 @@ class Space:
         total = 1
         for group in self._connected():
             parents = {c.parent for i in group for c in self.parameters[i].conditions}
-            deciding = [i for i in group if self.parameters[i].name in parents]
+            deciding = [i for i in group if self.parameters[i].name in parents and self.parameters[i].values]
             others = [self.parameters[i] for i in group if i not in deciding]
             total *= sum(
                 math.prod(p.count or 0 for p in others if all(c.holds(config) for c in p.conditions))
@@ -266,14 +269,9 @@ class Space:
     def _parents_first(self) -> Iterator[int]:
         """Positions of the parameters, every parent before its children, else as in the file."""
         left = list(range(len(self.parameters)))
-        names = {parameter.name for parameter in self.parameters}
         while left:
             waiting = {self.parameters[i].name for i in left}
             ready = [i for i in left if not any(c.parent in waiting for c in self.parameters[i].conditions)]
-            for i in ready:
-                missing = [c.parent for c in self.parameters[i].conditions if c.parent not in names]
-                if missing:
-                    raise ValueError(f"{self.parameters[i].name} depends on {missing[0]}, which does not exist")
             yield from ready
             left = [i for i in left if i not in set(ready)]
 
@@ -285,8 +283,13 @@ class Space:
                 wanted.update(condition.parent for condition in self.parameters[index].conditions)
         return [index for index in self._order if self.parameters[index].name in wanted]
 
-    def _combinations(self, involved: Sequence[int]) -> Iterator[tuple[tuple[int, ...], Config]]:
-        """Every combination of values of listed parameters, with a key that sorts them as the file does."""
+    def _combinations(
+        self, involved: Sequence[int], wanted: Sequence[Condition] = ()
+    ) -> Iterator[tuple[tuple[int, ...], Config]]:
+        """Every combination of values of those that are listed, with a key that sorts them as the file does.
+
+        With `wanted`, only the values that these conditions accept: a search for one combination stays short.
+        """
         in_order = [index for index in self._order if index in set(involved)]
         in_file = sorted(in_order)
 
@@ -296,10 +299,13 @@ class Space:
                 return
             index = in_order[position]
             parameter = self.parameters[index]
-            if not all(condition.holds(config) for condition in parameter.conditions):
+            if not parameter.values or not all(condition.holds(config) for condition in parameter.conditions):
                 yield from walk(position + 1, chosen, config)
                 return
+            accepting = [condition for condition in wanted if condition.parent == parameter.name]
             for number, value in enumerate(parameter.values):
+                if not all(condition.holds({parameter.name: value}) for condition in accepting):
+                    continue
                 yield from walk(position + 1, {**chosen, index: number}, {**config, parameter.name: value})
 
         yield from walk(0, {}, {})
@@ -308,7 +314,7 @@ class Space:
         if not parameter.conditions:
             return True
         involved = self._with_ancestors([condition.parent for condition in parameter.conditions])
-        combinations = self._combinations(involved)
+        combinations = self._combinations(involved, parameter.conditions)
         return any(all(c.holds(config) for c in parameter.conditions) for _, config in combinations)
 
     def _connected(self) -> list[list[int]]:

@@ -541,7 +541,10 @@ Spec.model_rebuild()
 
 
 def flat_parameters(forms: Mapping[str, Form], inherited: tuple[Condition, ...] = ()) -> Iterator[Parameter]:
-    """Flat parameters in file order; those of a choice exist under it."""
+    """Flat parameters in file order; those of a choice exist under it.
+
+    They take over its parameter's conditions too: another choice further out may have a parameter of the same name.
+    """
     for name, form in forms.items():
         own = (Condition(parent=parent, values=tuple(accepted_values(values))) for parent, values in form.when.items())
         conditions = (*inherited, *own)
@@ -563,7 +566,7 @@ def flat_parameters(forms: Mapping[str, Form], inherited: tuple[Condition, ...] 
         else:
             yield Parameter(name=name, kind="categorical", values=tuple(form.choices), conditions=conditions)
             for choice, inner in form.choices.items():
-                yield from flat_parameters(inner, (Condition(parent=name, values=(choice,)),))
+                yield from flat_parameters(inner, (*conditions, Condition(parent=name, values=(choice,))))
 
 
 def _default_per(forms: Mapping[str, Form], space: Space) -> tuple[str, ...]:

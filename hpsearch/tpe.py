@@ -91,7 +91,8 @@ class TpeSampler:
     """Tree-structured Parzen estimator, multivariate; over groups of parameters where some are conditional.
 
     Not counter-based: config *i* depends on which trials were drawn before it and on what is known of them. Until 10
-    have been observed, configs are independent and uniform. With 300 trials known a config takes 7 to 20 ms on one core.
+    have been observed, configs are independent and uniform. With 300 trials known a config takes 7 to 20 ms, on one
+    core.
 
     Source: Bergstra et al. 2011; Falkner et al. 2018, arXiv:1807.01774 (multivariate); as Optuna builds it.
     """

@@ -140,9 +140,9 @@ def run(data: bytes, rows: Tensor) -> Any:
     [
         pytest.param(mlp, ROWS, id="mlp"),
         pytest.param(cnn, IMAGES, id="cnn with batch norm"),
-        pytest.param(lambda: Recurrent(nn.GRU), SERIES, id="gru"),
+        pytest.param(lambda: Recurrent(nn.GRU), SERIES, id="gru", marks=pytest.mark.slow),
         pytest.param(lambda: Recurrent(nn.LSTM), SERIES, id="lstm"),
-        pytest.param(Transformer, SERIES, id="transformer"),
+        pytest.param(Transformer, SERIES, id="transformer", marks=pytest.mark.slow),
         pytest.param(Words, TOKENS, id="embedding"),
     ],
 )
@@ -330,10 +330,32 @@ def test_another_threads_words_pass_while_an_export_is_silent(capsys: pytest.Cap
 
 
 def test_graphs_hold_no_path_of_the_machine_they_were_made_on() -> None:
-    _, blobs, _ = exported(seeded(Transformer(), 1), example=SERIES)
+    _, blobs, _ = exported(seeded(Words(), 1), example=TOKENS)
     data = blobs["model/member-0000.onnx"]
     assert b"test_export" not in data
     assert b".py" not in data
+
+
+ALOUD = """
+import torch
+from torch import nn
+from hpsearch.training.export import export_members
+class Branching(nn.Module):
+    def forward(self, rows):
+        return rows if rows.sum() > 0 else -rows
+models = {0: (nn.Sequential(nn.Linear(8, 3)), {}), 1: (Branching(), {})}
+values, _ = export_members(models, torch.randn(4, 8))
+print([member["onnx"] for member in values["members"].values()])
+"""
+
+
+def test_a_process_that_exports_says_nothing_even_where_warnings_are_errors() -> None:
+    """In a process of its own: pytest stands between torch's log handlers and the terminal."""
+    root = str(Path(export.__file__).parents[2])
+    command = [sys.executable, "-W", "error", "-c", ALOUD]
+    environment = {**os.environ, "PYTHONPATH": root}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout, done.stderr) == ("['model/member-0000.onnx', None]\n", "")
 
 
 def test_an_example_of_one_row_is_refused() -> None:

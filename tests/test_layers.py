@@ -21,7 +21,7 @@ import pytest
 # Each row may import rows below it and its own, never a row above. `x.*` is the package x and all within; `hpsearch` is
 # the package itself, which offers the Task API.
 DRAWING = """
-7  cli.*                                                                      # front door: parse, choose, print, exit
+7  __main__ cli.*                                                             # front door: parse, choose, print, exit
 6  fleets.* tracker.* report.* tpe                                            # ray; mlflow; the plots; optuna
 5  study worker assembly packing                                              # give out jobs | pull, run, push
 4  stages.*                                                                   # journal view -> next jobs

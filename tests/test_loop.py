@@ -300,7 +300,7 @@ def test_shuffle_off_trains_in_the_splits_order_and_augment_is_called_in_trainin
 def test_a_nan_train_loss_diverges_without_an_evaluation() -> None:
     class Nan(Linear):
         def loss(self, output: Tensor, target: Tensor) -> Tensor:
-            return F.cross_entropy(output, target) * (math.nan if output.requires_grad else 1.0)
+            return F.cross_entropy(output, target) + (math.nan if output.requires_grad else 0.0)
 
         def metrics(self, output: Tensor, target: Tensor) -> dict[str, Any]:
             raise AssertionError("not asked")

@@ -22,7 +22,9 @@ from tests.tracked_study import Script, small_package
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:Exception ignored in. <sqlite3.Connection:pytest.PytestUnraisableExceptionWarning"
+    ),
 ]
 
 FILES = {"ensemble.json", "member-0000.onnx", "member-0000.safetensors", "member-0001.onnx", "member-0001.safetensors"}
@@ -131,7 +133,7 @@ def test_file_as_out_is_refused(uri: str, tmp_path: Path) -> None:
             {"name": "digits", "version": "1", "alias": "champion"},
             "--alias and --version are two ways to name a version; give one",
         ),
-        ({"name": "it's"}, 'there is no model "it\'s" in {uri} (known: digits)'),
+        ({"name": "it's an mnist"}, 'there is no model "it\'s an mnist" in {uri} (known: digits)'),
         ({"name": "../digits"}, "there is no model '../digits' in {uri}; did you mean 'digits'? (known: digits)"),
         ({"name": ""}, "there is no model '' in {uri} (known: digits)"),
     ],

@@ -6,6 +6,7 @@ import copy
 import gzip
 import os
 import re
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -31,6 +32,17 @@ SHAPES: dict[str, tuple[tuple[int, ...], torch.dtype, int]] = {
 }
 # Data that the project does not ship: the variable that a task reads, and where they may lie beside the checkout.
 NOT_SHIPPED = {"mnist_cnn": ("HPSEARCH_MNIST", "mnist.npz"), "letter": ("HPSEARCH_TABLES", "tables")}
+
+
+@pytest.fixture(autouse=True)
+def _tasks_leave_nothing_imported(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Other tests find sys.path and sys.modules as they were."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name.startswith("hpsearch_task_"):
+            del sys.modules[name]
 
 
 def spec_of(name: str) -> Spec:

@@ -275,6 +275,12 @@ def test_never_names_the_parameters_that_no_config_has(space: Space) -> None:
     assert {parameter.name for parameter in space.never()} == set(space.names) - seen
 
 
+def test_never_stays_quick_with_many_parents() -> None:
+    parents = [categorical(f"p{i}", 0, 1) for i in range(40)]
+    child = categorical("child", 1, **{parent.name: 1 for parent in parents})
+    assert Space(parameters=(*parents, child)).never() == ()
+
+
 def test_one_name_may_stand_under_several_choices_of_a_parent() -> None:
     def under(value: str, **rest: Any) -> Parameter:
         return Parameter(name="beta", conditions=(Condition(parent="optimizer", values=(value,)),), **rest)

@@ -155,6 +155,24 @@ def test_choices_are_flat_in_the_config_and_may_share_names_and_nest() -> None:
     )
 
 
+def test_a_choices_own_parameters_stay_with_it_when_another_choice_has_its_name() -> None:
+    spec = parameters(
+        "net:",
+        "  choices:",
+        "    mlp: {norm: {values: [batch, none]}}",
+        "    cnn: {norm: {choices: {batch: {decay: {value: 0.9}}, group: {}}}}",
+        "    linear: {norm: {min: 1, max: 2}}",
+    )
+    configs = [spec.space.config([net, 0.1, 0.1, 0.1]) for net in (0.1, 0.5, 0.9)]
+    assert configs == [
+        {"net": "mlp", "norm": "batch"},
+        {"net": "cnn", "norm": "batch", "decay": 0.9},
+        {"net": "linear", "norm": 1},
+    ]
+    assert spec.space.size() == 6
+    assert spec.per == ("net",)
+
+
 def test_branches_are_made_by_optimizer_only_where_it_is_searched() -> None:
     assert parameters("optimizer: {value: sgd}").per == ()
     assert parameters("optimizer: {values: [sgd, adam]}", "width: {values: [1, 2]}").per == ("optimizer",)
@@ -223,8 +241,8 @@ def test_spec_reports_all_problems_with_lines() -> None:
 def test_grid_is_refused_with_the_reason() -> None:
     assert problems(SMALL + "search: {method: grid}\n") == [
         "error[grid]: space.yaml:5:18: `method: grid` is not offered: on equal budgets random search does better, "
-        "since "
-        "each trial tries new values of every parameter (128 grid points found what 12 to 16 random trials find)\n"
+        "since each trial tries new values of every parameter (128 grid points found what 12 to 16 "
+        "random trials find)\n"
         "  hint: write method: sobol, or random"
     ]
 
@@ -672,7 +690,7 @@ def files(draw: st.DrawFn) -> dict[str, Any]:
         form = draw(forms(parents=parents))
         name = f"top{i}"
         if "choices" in form:
-            form["choices"] = {c: renamed(inner, name) for c, inner in form["choices"].items()}
+            form["choices"] = {c: renamed(inner, name, c) for c, inner in form["choices"].items()}
         if "when" not in form and (values := form.get("values") or list(form.get("choices", ()))):
             parents = (*parents, (name, values))
         parameters[name] = form
@@ -691,13 +709,16 @@ def files(draw: st.DrawFn) -> dict[str, Any]:
     return file
 
 
-def renamed(inner: dict[str, Any], prefix: str) -> dict[str, Any]:
+def renamed(inner: dict[str, Any], prefix: str, choice: str = "") -> dict[str, Any]:
     """Nested parameters with names that tell where they stand, so that no two of different parents are alike."""
     result = {}
     for name, form in inner.items():
         new = f"{prefix}_{name}"
         if "choices" in form:
-            form = {**form, "choices": {c: renamed(deeper, new) for c, deeper in form["choices"].items()}}
+            form = {
+                **form,
+                "choices": {c: renamed(deeper, f"{new}_{choice}", c) for c, deeper in form["choices"].items()},
+            }
         result[new] = form
     return result
 

@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
     # The stores' connections are MLflow's to close; the collector finds them.
     pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:Exception ignored in. <sqlite3.Connection:pytest.PytestUnraisableExceptionWarning"
+    ),
 ]
 
 
@@ -269,7 +271,8 @@ def test_alias_follows_the_better_ensemble_on_the_same_test_split_alone(tmp_path
         ("3", "champion", "test loss 0.25 against 0.3 of version 1", 3),
         ("4", None, "version 3 stays champion: it was measured on another test split", 1),
     ]
-    assert client_of(uri).get_registered_model("digits").aliases == {"champion": "3"}
+    aliases = client_of(uri).get_registered_model("digits").aliases
+    assert {alias: str(version) for alias, version in aliases.items()} == {"champion": "3"}
 
 
 def test_registered_version_has_signature_example_and_the_package(run_dir: Path, uri: str, tmp_path: Path) -> None:
@@ -450,6 +453,36 @@ def test_address_that_is_none_is_refused_in_one_line(run_dir: Path) -> None:
     assert report.error is not None
     assert "\n" not in report.error
     assert report.run_id is None
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path.write_bytes(b"not a database at all"), "the file is not a SQLite database"),
+        (lambda path: path.mkdir(), "Is a directory"),
+        (lambda path: path.parent.rmdir(), "is not a folder"),
+    ],
+)
+def test_sqlite_file_that_is_none_is_told_at_once(
+    run_dir: Path, tmp_path: Path, make: Callable[[Path], object], reason: str
+) -> None:
+    path = tmp_path / "store" / "mlflow.db"
+    path.parent.mkdir()
+    make(path)
+    begun = time.monotonic()
+    report = sync(run_dir, f"sqlite:///{path}", Script().state())
+    assert time.monotonic() - begun < 5
+    assert report.error is not None
+    assert reason in report.error
+
+
+def test_damaged_sqlite_file_is_told_and_does_not_raise(run_dir: Path, tmp_path: Path, empty_store: Path) -> None:
+    path = tmp_path / "mlflow.db"
+    whole = empty_store.read_bytes()
+    path.write_bytes(whole[:100] + bytes(len(whole) - 100))
+    report = sync(run_dir, f"sqlite:///{path}", Script().state())
+    assert report.error is not None
+    assert "malformed" in report.error
 
 
 def test_unreachable_server_is_told_within_seconds_without_credentials(run_dir: Path) -> None:

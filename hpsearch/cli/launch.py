@@ -73,7 +73,7 @@ def launch(
     if as_json:
         print_json(outcome)
     else:
-        click.echo(verdict_text(session.state, outcome, tracking_uri))
+        click.echo(verdict_text(session.state, outcome, session.report, tracking_uri))
 
 
 @click.command("lr-find")

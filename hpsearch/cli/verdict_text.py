@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from hpsearch.cli.output import interval, number, table
 from hpsearch.cli.run_verbs import counts_line
 from hpsearch.state import StudyState
 
+if TYPE_CHECKING:
+    from hpsearch.tracker import SyncReport
 
-def verdict_text(state: StudyState, outcome: Mapping[str, object], tracking_uri: str | None) -> str:
+
+def verdict_text(
+    state: StudyState, outcome: Mapping[str, object], report: SyncReport | None, tracking_uri: str | None
+) -> str:
     """A short readable verdict: best trial, ensemble, test scores with intervals, MLflow, the next command."""
     best, ensemble = _mapping(outcome["best"]), _mapping(outcome["ensemble"])
     lines = [f"{outcome['study']}: {counts_line(state)} {outcome['wall_s']} s in all.", ""]
@@ -22,9 +28,14 @@ def verdict_text(state: StudyState, outcome: Mapping[str, object], tracking_uri:
     if isinstance(members, list) and len(members) > 1:
         told = ", ".join(f"trial {m['trial']} × {m['weight']:.2f}" for m in members)
         lines.append(f"ensemble: {told}")
-    lines += [_gain_line(_mapping(ensemble.get("gain"))), *_notes(state), ""]
+    lines += [_gain_line(_mapping(ensemble.get("gain"))), *_notes(state)]
+    if report is not None and report.test_uses is not None and report.test_uses > 1:
+        lines.append(f"note: {report.test_uses} studies of this experiment have opened this test split, this one included")
+    lines.append("")
     lines += _mlflow_lines(_mapping(outcome["mlflow"]), str(outcome["run_dir"]), tracking_uri)
-    return "\n".join(line for line in lines if line is not None)
+    if report is not None and report.alias is None and report.alias_why:
+        lines.append(f"  the alias stays where it is: {report.alias_why}")
+    return "\n".join(lines)
 
 
 def lr_table(state: StudyState) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from hpsearch.lr_curve import measure_range, ramp_lrs
+from hpsearch.lr_curve import measure_range, probe_scores, ramp_lrs
 from hpsearch.report.plots import (
     CurvePlot,
     LrRangePlot,
@@ -19,7 +19,7 @@ from hpsearch.report.plots import (
 )
 from hpsearch.rungs import rung_epochs
 from hpsearch.spec import Spec
-from hpsearch.stages.lr_range import branch_key, losses_of
+from hpsearch.stages.lr_range import PROBE_STEPS, branch_key, losses_of
 from hpsearch.state import StudyState
 
 Topic = Literal["lr-range", "search", "ensemble"]
@@ -63,15 +63,13 @@ def _lr_range(state: StudyState, spec: Spec) -> dict[str, bytes]:
     return {"lr_range.png": lr_range_figure(panels)} if panels else {}
 
 
-def _probes(state: StudyState, branch: str) -> dict[float, float]:
-    """Mean of each constant rate's last losses, over its seeds."""
-    found: dict[float, list[float]] = {}
+def _probes(state: StudyState, branch: str) -> Mapping[float, float]:
+    """Each constant rate's score, as the measurement saw it; empty where the ramps were sure."""
+    losses: dict[float, list[Sequence[float]]] = {}
     for key, result in state.results.items():
         if key.startswith(f"probe/{branch}/"):
-            losses = losses_of(result)
-            tail = losses[-max(1, len(losses) // 4) :] if losses else [math.inf]
-            found.setdefault(float(key.split("/")[-2]), []).append(sum(tail) / len(tail))
-    return {lr: sum(values) / len(values) for lr, values in sorted(found.items())}
+            losses.setdefault(float(key.split("/")[-2]), []).append(losses_of(result))
+    return probe_scores(losses, steps=PROBE_STEPS) if losses else {}
 
 
 def _search(state: StudyState, spec: Spec) -> dict[str, bytes]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
+from hpsearch.errors import HpsearchError
 from hpsearch.tracker.champion import AliasDecision, Scored, decide_alias
 from hpsearch.tracker.operations import (
     TAG_GOAL,
@@ -52,6 +53,8 @@ _SETTINGS = {
 }
 _PROBE_S = 3.0  # a server on the same planet answers a connect within this
 _PAGE = 1000
+_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_SQLITE_MAGIC = b"SQLite format 3\0"
 
 # Codes of MLflow that another attempt can mend. All others say that the request itself is not wanted.
 _PASSING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "ABORTED", "CANCELLED"}
@@ -116,22 +119,45 @@ def resolve_uri(tracking_uri: str | None) -> str:
 
 
 def probe(uri: str) -> None:
-    """Ask a server's port for a connection, so that one that is gone is told within seconds.
+    """Look at an address before MLflow does, which would try a database that is not there for minutes.
 
     Raises:
         OutOfReach: nobody listens, or the name is unknown.
+        Refused: the SQLite file cannot be one.
     """
     parts = urlsplit(uri)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    scheme = parts.scheme.partition("+")[0]  # postgresql+psycopg2
+    if scheme == "sqlite":
+        _probe_file(uri)
         return
-    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname):
+    port = _PORTS.get(scheme)
+    if port is None or not parts.hostname:
+        return
+    if scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname):
         return  # the proxy is who connects
     try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        socket.create_connection((parts.hostname, port), timeout=_PROBE_S).close()
+        socket.create_connection((parts.hostname, parts.port or port), timeout=_PROBE_S).close()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise OutOfReach(f"nobody answers at {redact(uri)}: {reason}") from None
+
+
+def _probe_file(uri: str) -> None:
+    path = Path(uri.partition(":///")[2].partition("?")[0])
+    if str(path) in (".", ":memory:"):
+        return
+    try:
+        if not path.parent.is_dir():
+            raise Refused(f"{redact(uri)} cannot be used: {path.parent} is not a folder")
+        if path.exists():
+            with path.open("rb") as file:
+                start = file.read(len(_SQLITE_MAGIC))
+            if start and start != _SQLITE_MAGIC:
+                raise Refused(f"{redact(uri)} cannot be used: the file is not a SQLite database")
+        elif not os.access(path.parent, os.W_OK):
+            raise Refused(f"{redact(uri)} cannot be made: {path.parent} is not writable")
+    except OSError as error:
+        raise Refused(f"{redact(uri)} cannot be used: {error.strerror or error}") from None
 
 
 @contextmanager
@@ -151,6 +177,13 @@ def translated(uri: str) -> Iterator[None]:
         raise (OutOfReach if unreachable else Refused)(message) from None
     except (RequestException, OSError) as error:
         raise OutOfReach(_one_line(str(error) or type(error).__name__, uri)) from None
+    except (OutOfReach, Refused, HpsearchError):
+        raise
+    except Exception as error:
+        # What the database's driver raises under MLflow. Its OperationalError: locked, or the connection was lost.
+        unreachable = type(error).__name__ in ("OperationalError", "InterfaceError")
+        message = _one_line(f"{type(error).__name__}: {error}", uri)
+        raise (OutOfReach if unreachable else Refused)(message) from None
 
 
 def _one_line(message: str, uri: str) -> str:
@@ -169,15 +202,7 @@ def make_client(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     with translated(uri):
-        try:
-            return MlflowClient(tracking_uri=uri)
-        except Exception as error:
-            # A URI of an unknown scheme or a database that is none: SQLAlchemy's and MLflow's own errors, all alike.
-            from mlflow.exceptions import MlflowException
-
-            if isinstance(error, MlflowException | OSError):
-                raise
-            raise Refused(f"{redact(uri)} cannot be used: {_one_line(str(error), uri)}") from None
+        return MlflowClient(tracking_uri=uri)
 
 
 class MlflowWriter:

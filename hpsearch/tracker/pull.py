@@ -106,6 +106,8 @@ def _resolve(client: MlflowClient, uri: str, name: str, *, alias: str | None, ve
         UsageError: it is not there; tells what is.
     """
     try:
+        if not name or "/" in name or ":" in name:
+            raise Missing  # no model can be called so, and MLflow would complain in its own words
         with translated(uri):
             model = client.get_registered_model(name)
     except Missing:

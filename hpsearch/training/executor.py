@@ -304,7 +304,7 @@ class TorchExecutor:
         epoch = 0
         while True:
             epoch += 1
-            seed_all(epoch_seed(seed, epoch, "train"))
+            seed_all(epoch_seed(seed, epoch, "train"), self._device)
             yield from self._data.train_batches(
                 batch_size=batch_size,
                 seed=seed,
