@@ -51,9 +51,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     args = parser.parse_args()
     rows = []
-    print(
-        f"{'seed':>4}  {'epochs':>6}  {'without':>7}  {'share':>6}  {'test_loss':>9}  {'without':>8}  search(s)  without"
-    )
+    header = ("seed", "epochs", "without", "share", "test_loss", "without", "search(s)", "without")
+    print("{:>4}  {:>6}  {:>7}  {:>6}  {:>9}  {:>8}  {:>9}  {}".format(*header))
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(args.seeds):
             asha, full = (search(seed, rule, Path(folder)) for rule in ("asha", "none"))

@@ -85,9 +85,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         disk_ms = sync_ms(Path(folder))
         print(f"one append with fsync: {disk_ms:.2f} ms")
-        print(
-            f"{'trials':>7}  {'wall(ms/trial)':>14}  {'cpu(ms/trial)':>13}  {'journal(bytes/trial)':>20}  memory/peak(MiB)"
-        )
+        header = ("trials", "wall(ms/trial)", "cpu(ms/trial)", "journal(bytes/trial)", "memory/peak(MiB)")
+        print("{:>7}  {:>14}  {:>13}  {:>20}  {}".format(*header))
         for n_trials in args.trials:
             row = measure(n_trials, Path(folder) / f"run-{n_trials}")
             rows.append(row)

@@ -1,11 +1,11 @@
 """The journal: one append-only file of events, the truth of a study.
 
-One writer at a time (a lock beside the file), any number of readers. A line is a JSON object with its sequence number,
-its fence, its time and a checksum of what stands before it. The fence is one higher for each writer, so that a line from
-a writer that was taken for dead, and was not, is recognised and passed over.
+One writer at a time (a lock beside the file), any number of readers. A line is a JSON object with its sequence
+number, its fence, its time and a checksum of what stands before it. The fence is one higher for each writer, so that
+a line from a writer that was taken for dead, and was not, is recognised and passed over.
 
-What counts is on disk: `commit` returns after fsync. A last line that a crash cut short is ignored and overwritten; damage
-anywhere else is an error that names the line, since guessing would change the study.
+What counts is on disk: `commit` returns after fsync. A last line that a crash cut short is ignored and overwritten;
+damage anywhere else is an error that names the line, since guessing would change the study.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from hpsearch.blobs import BlobStore
+from hpsearch.job import Scalar
 from hpsearch.package import Metrics, NewMember, write_package
 from hpsearch.state import StudyState
 from hpsearch.verdict import measured_metrics
@@ -58,14 +59,17 @@ def pack(run_dir: Path, state: StudyState) -> Path | None:
         input_shape=[int(n) for n in shape],
         input_dtype=str(exported.values["input_dtype"]),
         members=members,
-        metrics=Metrics(
-            val=measured_metrics(state, "val", selected.members), test=test or None, gain=dict(gain) if gain else None
-        ),
+        metrics=Metrics(val=measured_metrics(state, "val", selected.members), test=test or None, gain=_gain(gain)),
         test_fingerprint=data.test_fingerprint,
         created=datetime.fromtimestamp(state.last_at, UTC).isoformat(timespec="seconds"),
         hpsearch_version=metadata.version("hpsearch"),
     )
     return folder
+
+
+def _gain(gain: Mapping[str, object]) -> dict[str, Scalar] | None:
+    """The comparison with the best single trial, None where there was none."""
+    return {k: v for k, v in gain.items() if v is None or isinstance(v, (bool, int, float, str))} or None
 
 
 def _mapping(value: object) -> Mapping[str, object]:

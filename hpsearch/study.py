@@ -1,8 +1,9 @@
 """The study: gives out jobs, records results. One per launch, the only writer of the journal.
 
-Workers pull jobs and push results, from threads or from Ray actors. What is pushed counts when it is on disk: a keeper
-thread writes the blobs, then the journal, in batches, and only then is the state told; so nobody who asks for work waits
-for a disk. Every decision is taken by a stage; this module owns what stages must not: the lock, the clock, the leases.
+Workers pull jobs and push results, from threads or from Ray actors. What is pushed counts when it is on disk: a
+keeper thread writes the blobs, then the journal, in batches, and only then is the state told; so nobody who asks for
+work waits for a disk. Every decision is taken by a stage; this module owns what stages must not: the lock, the clock,
+the leases.
 """
 
 from __future__ import annotations
@@ -58,7 +59,6 @@ class Study:
         self._budget = budget or Budget()
         self._clock = clock
         self._changed = threading.Condition()
-        self._workers: dict[str, DataInfo] = {}
         self._progress: dict[str, float] = {}  # key -> clock at the last sign of progress
         self._slowest_epoch_s = 0.0
         self._pushed: set[str] = set()  # keys whose result is being kept
@@ -100,10 +100,8 @@ class Study:
                 self._record(DataSeen(info=dataclasses.asdict(info)))
                 self._advance()
             elif known.fingerprint != info.fingerprint:
-                return Assignment(
-                    error=f"worker {worker} loaded other data than the study's (rows {info.n_rows}, study {known.n_rows})"
-                )
-            self._workers[worker] = info
+                rows = f"rows {info.n_rows}, the study's {known.n_rows}"
+                return Assignment(error=f"Task.data() gave {worker} other data than the first worker got ({rows})")
             self._changed.notify_all()
         self._commit_now()
         return Assignment()

@@ -1,7 +1,7 @@
 """The worker: pulls jobs, runs them, pushes results.
 
-How a job is run is the executor's business (torch's, or a fake), how the study is reached the client's (a method call, or
-a Ray actor). What is left is this loop.
+How a job is run is the executor's business (torch's, or a fake), how the study is reached the client's (a method
+call, or a Ray actor). What is left is this loop.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from hpsearch.errors import ClusterError, HpsearchError
+from hpsearch.errors import ClusterError, HpsearchError, UserCodeError
 from hpsearch.job import Assignment, DataInfo, Job, Result
 
 PULL_S = 10.0  # how long one question for work may stay open
@@ -42,7 +42,7 @@ class Executor(Protocol):
     def run(
         self, jobs: Sequence[Job], fetch: Callable[[str], bytes], progress: Callable[[str, int], None]
     ) -> Iterator[Result]:
-        """One result per job, as each ends. What a user's code or a config can cause is an outcome, not an exception."""
+        """One result per job, as each ends; what a user's code or a config can cause is an outcome, never raised."""
 
 
 class Worker:
@@ -72,8 +72,8 @@ class Worker:
         if answer.error:
             self._client.broken(
                 self._name,
-                ClusterError(
-                    answer.error, hint="seed every random choice in Task.data(), so that all workers see one split"
+                UserCodeError(
+                    answer.error, hint="seed every random choice in Task.data(): all workers must see the same split"
                 ),
             )
             return False

@@ -81,7 +81,9 @@ class FakeExecutor:
         epochs = []
         for epoch in range(job.from_epoch + 1, job.to_epoch + 1):
             loss = val_loss(job.config, epoch)
-            epochs.append(EpochMetrics(epoch=epoch, metrics={"val_loss": loss, "val_accuracy": 1 - loss / 3}, seconds=0.1))
+            epochs.append(
+                EpochMetrics(epoch=epoch, metrics={"val_loss": loss, "val_accuracy": 1 - loss / 3}, seconds=0.1)
+            )
         if float(str(job.config.get("lr", 0.0))) > self._diverge_above:
             return Result(key=job.key, outcome="diverged", message="val_loss is nan")
         ref = f"checkpoints/trial-{job.trial:04d}-e{job.to_epoch:04d}.safetensors"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,8 @@ class Blobs(hpsearch.Task):
         return hpsearch.Splits(train=(x[:300], y[:300]), val=(x[300:450], y[300:450]), test=(x[450:], y[450:]))
 
     def model(self, config):
-        return torch.nn.Sequential(torch.nn.Linear(4, config["width"]), torch.nn.ReLU(), torch.nn.Linear(config["width"], 3))
+        width = config["width"]
+        return torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.ReLU(), torch.nn.Linear(width, 3))
 """
 
 SPACE = """
@@ -278,14 +278,12 @@ USER_ERRORS = {
     "import": ("import hpsearch\n", "import hpsearch\nimport no_such_package\n", "no_such_package", 1),
     "syntax": ("def data(self):", "def data(self:", "task.py", 2),
     "class": ("class Blobs", "class Blob", "Blob", 2),
-    "data": ("return hpsearch.Splits(", "raise OSError('disk on fire')\n        return hpsearch.Splits(", "disk on fire", 1),
-    "model": ("return torch.nn.Sequential(", "raise ValueError('odd width')\n        return torch.nn.Sequential(", "odd width", 1),
-    "shape": ("torch.nn.Linear(4, config", "torch.nn.Linear(5, config", "shape", 1),
-    "nan": ("y = torch.arange(600) % 3\n", "y = torch.arange(600) % 3\n        generator.x = 0\n", "x", 1),
-    "classes": ("torch.nn.Linear(config[\"width\"], 3)", "torch.nn.Linear(config[\"width\"], 2)", "2", 1),
+    "data": ("return hpsearch.Splits(", "raise OSError('on fire')\n        return hpsearch.Splits(", "on fire", 1),
+    "model": ("return torch.nn.S", "raise ValueError('odd width')\n        return torch.nn.S", "odd width", 1),
+    "shape": ("torch.nn.Linear(4, width", "torch.nn.Linear(5, width", "shape", 1),
+    "classes": ("torch.nn.Linear(width, 3)", "torch.nn.Linear(width, 2)", "2", 1),
     "metric": ("name: blobs\n", "name: blobs\nmetric: {name: val_auc}\n", "auc", 1),
 }
-del USER_ERRORS["nan"]
 
 
 @pytest.mark.parametrize("error", USER_ERRORS)
@@ -325,7 +323,8 @@ def test_splits_that_cannot_be_trained_on_are_named(
 
 
 def test_search_without_a_usable_trial_is_exit_3(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    edit(project, "def model(self, config):", "def loss(self, output, target):\n        return output.sum() * float('nan')\n\n    def model(self, config):")
+    loss = "def loss(self, output, target):\n        return output.sum() * float('nan')\n\n    "
+    edit(project, "def model(self, config):", loss + "def model(self, config):")
     assert launch("--set", "search.trials=3") == 3
     assert "none of 3 trials left a finite checkpoint" in capsys.readouterr().err
 
@@ -372,5 +371,5 @@ def test_pull_of_what_is_not_there_names_what_is(
 
 def test_predict_refuses_inputs_of_another_shape(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez("wrong.npz", inputs=np.zeros((3, 5), np.float32))
-    assert run(["predict", str(textwrap.dedent("runs/blobs/package")), "wrong.npz", "--out", "o.npz"]) == 2
+    assert run(["predict", "runs/blobs/package", "wrong.npz", "--out", "o.npz"]) == 2
     assert "(4,)" in capsys.readouterr().err

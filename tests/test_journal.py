@@ -42,7 +42,14 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
             epochs=((1, {"val_loss": 0.5}, 0.1),),
         ),
         RangeMeasured(
-            branch={}, lr=None, low=1e-5, high=1.0, spread_decades=0.0, at_edge=False, confirmed=False, per_seed_lr=(1.0,)
+            branch={},
+            lr=None,
+            low=1e-5,
+            high=1.0,
+            spread_decades=0.0,
+            at_edge=False,
+            confirmed=False,
+            per_seed_lr=(1.0,),
         ),
         Selected(n_trials=2, best=0, pool=(0, 1), members=((0, 0.5), (1, 0.5)), scores=(0.4, 0.3)),
     ]
@@ -182,8 +189,8 @@ def test_full_disk_is_told_and_not_a_traceback(tmp_path: Path, monkeypatch: pyte
 
     journal = Journal.open(tmp_path)
     journal.append(Ended(reason="done"))
-    with monkeypatch.context() as patch, pytest.raises(JournalError, match="No space left on device"):
-        patch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(JournalError, match="No space left on device"):
         journal.commit()
     journal.close()
 

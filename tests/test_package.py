@@ -351,11 +351,16 @@ def problem_of(folder: Path) -> str:
     return ""
 
 
-def test_weights_that_are_negative_or_do_not_sum_to_1_are_refused(folder: Path) -> None:
+def test_weights_that_are_negative_or_not_finite_or_do_not_sum_to_1_are_refused(
+    folder: Path, pristine: dict[str, bytes]
+) -> None:
     def change(weights: tuple[float, float]) -> Callable[[dict[str, Any]], None]:
         return lambda found: [m.update(weight=w) for m, w in zip(found["members"], weights, strict=True)] and None
 
     assert altered(folder, change((1.5, -0.5))) == "ensemble.json: members[0].weight must be within 0 and 1 (found 1.5)"
+    for bad in (float("nan"), float("inf")):
+        assert altered(folder, change((bad, 0.5))).startswith("ensemble.json is not JSON: ")
+        (folder / "ensemble.json").write_bytes(pristine["ensemble.json"])
     assert altered(folder, change((0.5, 0.4))) == "ensemble.json: the members' weights sum to 0.9, not to 1"
 
 

@@ -67,9 +67,7 @@ class Bench:
         drawn = self.search.drawn(job)
         if drawn is not None:
             self.tell(drawn)
-        self.tell(
-            Leased(key=job.key, worker=worker, trial=job.trial, from_epoch=job.from_epoch, to_epoch=job.to_epoch)
-        )
+        self.tell(Leased(key=job.key, worker=worker, trial=job.trial, from_epoch=job.from_epoch, to_epoch=job.to_epoch))
         return job
 
     def finish(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
+import sqlite3
 import threading
 import time
 import warnings
@@ -17,7 +19,13 @@ from hpsearch.errors import TrackerError
 from hpsearch.notes import add_note
 from hpsearch.state import StudyState
 from hpsearch.tracker import JournalFollower, SyncReport, Tracker, TrackerThread
-from hpsearch.tracker.mlflow_writer import MlflowWriter, OutOfReach
+from hpsearch.tracker.mlflow_writer import (
+    MlflowWriter,
+    OutOfReach,
+    begin_with_write_ahead_log,
+    fold_write_ahead_log,
+    make_client,
+)
 from tests.mlflow_server import MlflowServer, free_port, mlflow_server
 from tests.tracked_study import START, Script, small_package, whole_study
 
@@ -39,12 +47,13 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SQLite store with its tables, which take seconds to make."""
-    from hpsearch.tracker.mlflow_writer import make_client
 
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        begin_with_write_ahead_log(f"sqlite:///{path}")  # as a launch would, and quicker
         make_client(f"sqlite:///{path}").search_experiments()
+        fold_write_ahead_log(f"sqlite:///{path}")
     return path
 
 
@@ -246,6 +255,27 @@ def test_store_that_is_not_the_default_one_is_the_only_one_touched(
     report = sync(run_dir, f"sqlite:///{elsewhere}/mlflow.db", whole_study().state())
     assert (report.error, report.waiting, report.version) == (None, 0, "1")
     assert not (here / "mlflow.db").exists()
+
+
+def test_new_store_is_whole_in_one_file_once_the_tracker_is_closed(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    report = sync(run_dir, f"sqlite:///{tmp_path}/new.db", whole_study().state())
+    assert report.error is None
+    (tmp_path / "copy").mkdir()
+    shutil.copy(tmp_path / "new.db", tmp_path / "copy" / "new.db")
+    assert set(runs_of(f"sqlite:///{tmp_path}/copy/new.db", str(report.experiment_id))) == WHOLE
+    with contextlib.closing(sqlite3.connect(tmp_path / "new.db")) as database:
+        assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_store_that_is_there_keeps_its_journal_mode(run_dir: Path, uri: str, tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        database.execute("PRAGMA journal_mode = DELETE")
+    sync(run_dir, uri, Script().state())
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        assert database.execute("PRAGMA journal_mode").fetchone() == ("delete",)
 
 
 # Registry

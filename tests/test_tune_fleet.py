@@ -77,5 +77,3 @@ class TestTuneFleet(FleetContract):
 
 def _ignore(entries: Sequence[Entry]) -> None:
     """Watches nothing."""
-
-

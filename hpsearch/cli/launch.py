@@ -20,7 +20,7 @@ from hpsearch.cli.environment import environment
 from hpsearch.cli.output import json_option, print_json, say
 from hpsearch.cli.spec_verbs import SPACE
 from hpsearch.cli.verdict_text import lr_table, verdict_text
-from hpsearch.errors import HpsearchError, NotBuiltYet, UsageError
+from hpsearch.errors import NotBuiltYet, UsageError
 from hpsearch.fleets import Fleet, Launch
 from hpsearch.journal import FILE_NAME, read_journal
 from hpsearch.rungs import rung_epochs
@@ -262,15 +262,16 @@ def _tell_plan(spec: Spec, run_dir: Path, as_json: bool) -> None:
     halving = stopping.enabled and stopping.type in ("asha", "sha")
     rungs = rung_epochs(stopping.min_epochs, stopping.max_epochs, stopping.reduction_factor) if halving else ()
     branches = [*spec.space.branches(spec.per)] if spec.measures_lr else []
+    rungs = (*rungs, stopping.max_epochs)
     plan = {
         "study": spec.name,
         "run_dir": str(run_dir),
         "dry_run": True,
         "trials": spec.search.trials,
         "searched_parameters": spec.space.n_dims,
-        "rungs": [*rungs, stopping.max_epochs],
+        "rungs": rungs,
         "epochs_without_stopping": spec.search.trials * stopping.max_epochs,
-        "epochs_expected": _expected_epochs(spec, rungs),
+        "epochs_expected": _expected_epochs(spec, rungs[:-1]),
         "ramps": len(branches) * spec.lr_range.seeds,
         "branches": branches,
     }
@@ -279,7 +280,7 @@ def _tell_plan(spec: Spec, run_dir: Path, as_json: bool) -> None:
         return
     click.echo(f"{spec.name}: {plan['trials']} trials over {plan['searched_parameters']} searched parameters")
     click.echo(f"LR range: {plan['ramps']} ramps of {spec.lr_range.steps} steps in {len(branches)} branches")
-    click.echo(f"rungs at epochs {', '.join(map(str, plan['rungs']))}")
+    click.echo(f"rungs at epochs {', '.join(map(str, rungs))}")
     click.echo(
         f"epochs: about {plan['epochs_expected']:,} of {plan['epochs_without_stopping']:,} without early stopping"
     )

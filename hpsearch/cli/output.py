@@ -9,10 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import click
 
-
-def json_option(command: click.Command) -> click.Command:
-    """The `--json` flag that every verb has."""
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")(command)  # type: ignore[arg-type]
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+"""The flag that every verb has."""
 
 
 def print_json(value: object) -> None:

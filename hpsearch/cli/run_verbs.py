@@ -13,7 +13,8 @@ from hpsearch.notes import add_note
 from hpsearch.spec import Spec
 from hpsearch.state import StudyState
 from hpsearch.trial import TrialState
-from hpsearch.verdict import epochs, lr_ranges, top as ranking, trial_counts, val_metrics
+from hpsearch.verdict import epochs, lr_ranges, trial_counts, val_metrics
+from hpsearch.verdict import top as ranking
 
 RUN = click.Path(path_type=Path)
 

@@ -27,7 +27,9 @@ class Tracking:
     def __init__(self, run: Launch, tracking_uri: str | None) -> None:
         self._run_dir = run.run_dir
         self._thread = TrackerThread(
-            make_tracker(run.run_dir, tracking_uri), JournalFollower(run.run_dir), warn=lambda text: say(f"warning[mlflow]: {text}")
+            make_tracker(run.run_dir, tracking_uri),
+            JournalFollower(run.run_dir),
+            warn=lambda text: say(f"warning[mlflow]: {text}"),
         )
 
     def start(self) -> None:

@@ -30,7 +30,9 @@ def verdict_text(
         lines.append(f"ensemble: {told}")
     lines += [_gain_line(_mapping(ensemble.get("gain"))), *_notes(state)]
     if report is not None and report.test_uses is not None and report.test_uses > 1:
-        lines.append(f"note: {report.test_uses} studies of this experiment have opened this test split, this one included")
+        lines.append(
+            f"note: {report.test_uses} studies of this experiment have opened this test split, this one included"
+        )
     lines.append("")
     lines += _mlflow_lines(_mapping(outcome["mlflow"]), str(outcome["run_dir"]), tracking_uri)
     if report is not None and report.alias is None and report.alias_why:

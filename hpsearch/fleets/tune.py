@@ -1,9 +1,10 @@
 """TuneFleet: Ray Tune hosts the workers. The only module that imports ray.
 
-A Tune trial is a worker, not a config: Tune places it, restarts it when its process or node dies, and asks the autoscaler
-for nodes; it pulls its jobs from the study, an actor pinned to the driver's node. How Tune is held, each tried: the trainable
-is a function, since a class is checkpointed at its end and then wants a shared filesystem; `fit` runs in a thread without
-Tune's signal handler, since it would swallow Ctrl-C; a Stopper that reads the study ends it, also with workers pending.
+A Tune trial is a worker, not a config: Tune places it, restarts it when its process or node dies, and asks the
+autoscaler for nodes; it pulls its jobs from the study, an actor pinned to the driver's node. How Tune is held, each
+tried: the trainable is a function, since a class is checkpointed at its end and then wants a shared filesystem; `fit`
+runs in a thread without Tune's signal handler, since it would swallow Ctrl-C; a Stopper that reads the study ends it,
+also with workers pending.
 """
 
 from __future__ import annotations
@@ -16,16 +17,13 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hpsearch.errors import ClusterError, HpsearchError, UsageError
 from hpsearch.fleets import Launch, Watch
 from hpsearch.job import Assignment, DataInfo, Result
 from hpsearch.journal import JournalTail
 from hpsearch.worker import LooksAhead, Worker, internal_error
-
-if TYPE_CHECKING:
-    from ray.actor import ActorHandle
 
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -57,7 +55,7 @@ class TuneFleet:
         self._fit: threading.Thread | None = None
         self._fit_error: BaseException | None = None
         self._scratch = tempfile.mkdtemp(prefix="hpsearch-tune-")
-        self._study: ActorHandle[StudyActor] | None = None
+        self._study: Any = None  # a handle of StudyActor; its remote methods have no types to check
         self._connected = False
 
     def run(self, watch: Watch) -> None:
@@ -207,7 +205,7 @@ class TuneFleet:
             self._fit_error = error
 
     def _follow(self, tail: JournalTail, watch: Watch, earlier_fence: int) -> None:
-        assert self._study is not None and self._fit is not None
+        assert self._fit is not None
         pinged = time.monotonic()
         while True:
             entries = list(tail.new_entries())
@@ -276,17 +274,19 @@ class StudyActor:
 class ActorClient(LooksAhead):
     """The study actor, as a worker sees it. Raises ClusterError when it is gone."""
 
-    def __init__(self, study: ActorHandle[StudyActor]) -> None:
+    def __init__(self, study: Any) -> None:
         self._study = study
         self._ahead: Any = None
         self._unread: list[Any] = []  # answers to pushes, read a few later so that nobody waits for the driver
 
     def hello(self, worker: str, info: DataInfo) -> Assignment:
-        return _get(self._study.hello.remote(worker, info))
+        answer: Assignment = _get(self._study.hello.remote(worker, info))
+        return answer
 
     def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0) -> Assignment:
         asked, self._ahead = self._ahead, None
-        return _get(asked if asked is not None else self._study.pull.remote(worker, slots, timeout_s))
+        answer: Assignment = _get(asked if asked is not None else self._study.pull.remote(worker, slots, timeout_s))
+        return answer
 
     def look_ahead(self, worker: str, slots: int, timeout_s: float) -> None:
         self._ahead = self._study.pull.remote(worker, slots, timeout_s)
@@ -300,7 +300,8 @@ class ActorClient(LooksAhead):
         self._study.progress.remote(key)
 
     def fetch(self, ref: str) -> bytes:
-        return _get(self._study.fetch.remote(ref))
+        content: bytes = _get(self._study.fetch.remote(ref))
+        return content
 
     def broken(self, worker: str, error: HpsearchError) -> None:
         _get(self._study.broken.remote(worker, error))

@@ -109,7 +109,5 @@ def _ensemble(state: StudyState) -> dict[str, bytes]:
     best_round = selected.scores.index(min(selected.scores)) + 1
     assert state.data is not None
     metric = "mean squared error" if state.data.outputs == "values" else "negative log likelihood (nats)"
-    figure = ensemble_figure(
-        selected.scores, best_round=best_round, single_score=selected.single_score, metric=metric
-    )
+    figure = ensemble_figure(selected.scores, best_round=best_round, single_score=selected.single_score, metric=metric)
     return {"ensemble.png": figure}

@@ -1,7 +1,7 @@
 """The stages of a study: from what the journal tells to the next jobs.
 
-A stage owns no clock, disk or cluster. It is told every event, in order, also those of an earlier driver when a study is
-resumed, and answers three questions: what may be done now, what can be concluded now, and whether it is through.
+A stage owns no clock, disk or cluster. It is told every event, in order, also those of an earlier driver when a study
+is resumed, and answers three questions: what may be done now, what can be concluded now, and whether it is through.
 """
 
 from __future__ import annotations

@@ -145,7 +145,8 @@ class EnsembleStage:
 
     def _candidates(self) -> list[tuple[TrialRecord, Finished]]:
         """Pool trials whose predictions are there."""
-        results = [(trial, self._state.results.get(job.key)) for trial, job in zip(self.pool(), self._pool_jobs())]
+        jobs = zip(self.pool(), self._pool_jobs(), strict=True)
+        results = [(trial, self._state.results.get(job.key)) for trial, job in jobs]
         return [(trial, result) for trial, result in results if result is not None and result.outcome == "done"]
 
     # Conclusions

@@ -1,8 +1,9 @@
 """Search: draw configs, train them to rungs, let the good ones go on.
 
-What may run next, in this order: the trial that a worker cannot put down (its own loop gives no state); a trial whose job
-was lost; a paused trial that ranks high enough; a new trial. When none of these is left and nothing below the last epoch
-is running, the end-game takes the best paused trials to the end until an ensemble's worth of trials is complete.
+What may run next, in this order: the trial that a worker cannot put down (its own loop gives no state); a trial whose
+job was lost; a paused trial that ranks high enough; a new trial. When none of these is left and nothing below the
+last epoch is running, the end-game takes the best paused trials to the end until an ensemble's worth of trials is
+complete.
 """
 
 from __future__ import annotations

@@ -9,11 +9,13 @@ Two things can go wrong, and the caller does different things about them: `OutOf
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import shutil
 import socket
+import sqlite3
 import tempfile
 import urllib.request
 import warnings
@@ -143,8 +145,8 @@ def probe(uri: str) -> None:
 
 
 def _probe_file(uri: str) -> None:
-    path = Path(uri.partition(":///")[2].partition("?")[0])
-    if str(path) in (".", ":memory:"):
+    path = sqlite_path(uri)
+    if path is None:
         return
     try:
         if not path.parent.is_dir():
@@ -158,6 +160,41 @@ def _probe_file(uri: str) -> None:
             raise Refused(f"{redact(uri)} cannot be made: {path.parent} is not writable")
     except OSError as error:
         raise Refused(f"{redact(uri)} cannot be used: {error.strerror or error}") from None
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file behind a SQLite address, None for other stores and for one in memory."""
+    scheme, sep, rest = uri.partition(":///")
+    path = rest.partition("?")[0]
+    return Path(path) if sep and scheme.startswith("sqlite") and path not in ("", ":memory:") else None
+
+
+def begin_with_write_ahead_log(uri: str) -> None:
+    """Make a SQLite file that is not there yet, with a write-ahead log; one that is there is left as it is.
+
+    MLflow commits seven times per trial, and the rollback journal syncs the disk several times for each, beside the
+    study's own journal that must sync too. Measured on a busy disk: 31 ms per trial against 75 to 100, and the
+    tables are made in 3 s, not 7.
+    """
+    path = sqlite_path(uri)
+    if path is None or path.exists():
+        return
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=5)) as database:
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA user_version = 0")  # a write: some network file systems refuse only this
+    except sqlite3.Error:
+        for name in (path.name, f"{path.name}-wal", f"{path.name}-shm"):
+            path.with_name(name).unlink(missing_ok=True)
+
+
+def fold_write_ahead_log(uri: str) -> None:
+    """Bring everything into the one file, so that whoever copies it has it all; nothing without such a log."""
+    path = sqlite_path(uri)
+    if path is None or not path.with_name(f"{path.name}-wal").exists():
+        return
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path, timeout=1)) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 @contextmanager
@@ -215,6 +252,8 @@ class MlflowWriter:
             OutOfReach, Refused
         """
         self.uri = uri
+        probe(uri)
+        begin_with_write_ahead_log(uri)
         self._client = make_client(uri)
         self.experiment_id, self.experiment_is_new = self._experiment(experiment)
 
@@ -237,6 +276,10 @@ class MlflowWriter:
                 f" --experiment-id{number}) or name another: --set mlflow.experiment=NAME"
             )
         return str(found.experiment_id), False
+
+    def close(self) -> None:
+        """Leave the store as one whole file, where it is a file."""
+        fold_write_ahead_log(self.uri)
 
     # Runs
 

@@ -142,10 +142,12 @@ class Tracker:
 
     def close(self) -> None:
         """Let another process send this study."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
         if self._outbox is not None:
             self._outbox.close()
             self._outbox = None
-        self._writer = None
 
     # Contact
 

@@ -33,7 +33,7 @@ from hpsearch.package import MAX_GRAPH_BYTES, PackageError
 from hpsearch.predict import INPUT, OUTPUT, check_graph, open_session
 
 TOLERANCE = 1e-4
-"""Greatest |graph - model|, relative to the largest |model| output. float32 gave at most 2e-6 (docs/decisions/0004)."""
+"""Greatest |graph - model|, relative to the largest |model| output. float32 gave at most 4e-7 (docs/decisions/0004)."""
 
 TOLERANCE_HALF = 2e-2  # float16 has 11 bits: an operation alone errs by 5e-4, and a network has many
 
