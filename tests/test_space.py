@@ -208,6 +208,18 @@ def test_branches_are_all_combinations_the_first_slowest() -> None:
     assert space.branches([]) == ({},)
 
 
+def test_branches_follow_the_file_even_where_children_come_between() -> None:
+    parameters = (categorical("a", 1, 2), categorical("child", "x", "y", a=2), categorical("b", 3, 4))
+    assert Space(parameters=parameters).branches(["a", "b", "child"]) == (
+        {"a": 1, "b": 3},
+        {"a": 1, "b": 4},
+        {"a": 2, "child": "x", "b": 3},
+        {"a": 2, "child": "x", "b": 4},
+        {"a": 2, "child": "y", "b": 3},
+        {"a": 2, "child": "y", "b": 4},
+    )
+
+
 def test_a_conditional_parameter_makes_branches_only_where_it_exists() -> None:
     space = Space(parameters=(categorical("nesterov", True, False, optimizer="sgd"), OPTIMIZER))
     assert space.branches(["optimizer", "nesterov"]) == (

@@ -1,7 +1,13 @@
-"""The logbook of one launch: MLflow told beside the search, the rest when it has ended."""
+"""The logbook of one launch: MLflow told beside the search, the rest when it has ended.
+
+Figures and the packaged ensemble are kept in the run directory too, whether MLflow could be reached or not. Each is
+made once: by the tracker's thread when MLflow wants it, else at the end.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from hpsearch.blobs import BlobStore
@@ -14,20 +20,55 @@ from hpsearch.state import StudyState
 from hpsearch.tracker import JournalFollower, SyncReport, Tracker, TrackerThread
 
 CLOSE_S = 600.0  # what a finished study gives MLflow to take the rest; an outage is noticed much sooner
+TOPICS: tuple[Topic, ...] = ("lr-range", "search", "ensemble")
 
 
-def make_tracker(run_dir: Path, tracking_uri: str | None) -> Tracker:
+class Keepsakes:
+    """What a launch leaves in its run directory beside the journal: figures, and the ensemble as a package."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._drawn: set[Topic] = set()
+        self._packed = False
+
+    def draw(self, topic: Topic, state: StudyState) -> Mapping[str, bytes]:
+        """The figures of a topic, as PNG bytes by file name; kept in `plots/`."""
+        drawn = figures(topic, state)
+        self._drawn.add(topic)
+        with contextlib.closing(BlobStore(self._run_dir)) as store:
+            store.keep({f"plots/{name}": png for name, png in drawn.items()})
+        return drawn
+
+    def pack(self, state: StudyState, run_ids: Mapping[int, str]) -> Path | None:
+        """The packaged ensemble's folder, None when there is none."""
+        self._packed = True
+        return pack(self._run_dir, state)
+
+    def complete(self, state: StudyState) -> None:
+        """Make what nobody has asked for yet."""
+        try:
+            for topic in TOPICS:
+                if topic not in self._drawn:
+                    self.draw(topic, state)
+            if state.done and not self._packed:
+                self.pack(state, {})
+        except HpsearchError as error:
+            say(f"warning[run-dir]: {error}")
+
+
+def make_tracker(run_dir: Path, tracking_uri: str | None, keepsakes: Keepsakes | None = None) -> Tracker:
     """The tracker of a run directory, with this project's figures and packages."""
-    return Tracker(run_dir, tracking_uri=tracking_uri, plots=figures)
+    keepsakes = keepsakes or Keepsakes(run_dir)
+    return Tracker(run_dir, tracking_uri=tracking_uri, plots=keepsakes.draw, package=keepsakes.pack)
 
 
 class Tracking:
     """Begin with `start`, end with `close`."""
 
     def __init__(self, run: Launch, tracking_uri: str | None) -> None:
-        self._run_dir = run.run_dir
+        self._keepsakes = Keepsakes(run.run_dir)
         self._thread = TrackerThread(
-            make_tracker(run.run_dir, tracking_uri),
+            make_tracker(run.run_dir, tracking_uri, self._keepsakes),
             JournalFollower(run.run_dir),
             warn=lambda text: say(f"warning[mlflow]: {text}"),
         )
@@ -37,18 +78,8 @@ class Tracking:
         self._thread.start()
 
     def close(self, state: StudyState, timeout_s: float = CLOSE_S) -> SyncReport:
-        """Keep the figures and the package in the run directory, and send the rest."""
+        """Send the rest, and keep the figures and the package in the run directory."""
+        report = self._thread.close(timeout_s)
         if state.opened is not None:
-            self._keep(state)
-        return self._thread.close(timeout_s)
-
-    def _keep(self, state: StudyState) -> None:
-        topics: tuple[Topic, ...] = ("lr-range", "search", "ensemble")
-        plots = {f"plots/{name}": png for topic in topics for name, png in figures(topic, state).items()}
-        try:
-            for ref, png in plots.items():
-                BlobStore(self._run_dir).keep({ref: png})
-            if state.done:
-                pack(self._run_dir, state)
-        except HpsearchError as error:
-            say(f"warning[run-dir]: {error}")
+            self._keepsakes.complete(state)
+        return report
