@@ -238,10 +238,13 @@ class Study:
             self._progress.pop(key, None)
 
     def _expire_leases(self) -> None:
-        limit = max(SHORTEST_LEASE_S, LEASE_EPOCHS * self._slowest_epoch_s) if self._slowest_epoch_s else FIRST_LEASE_S
+        slowest = self._slowest_epoch_s
+        measured = max(SHORTEST_LEASE_S, LEASE_EPOCHS * slowest) if slowest else FIRST_LEASE_S
         now = self._clock()
-        for key in [key for key, at in self._progress.items() if now - at > limit]:
-            self._return(key, f"no progress for {limit:.0f} s")
+        for key, at in list(self._progress.items()):
+            limit = measured if key.startswith("train/") else FIRST_LEASE_S  # other jobs tell of no progress
+            if now - at > limit:
+                self._return(key, f"no progress for {limit:.0f} s")
 
     def _watch_budget(self) -> None:
         spent = Spent(

@@ -16,6 +16,7 @@ from hpsearch.trial import TrialState
 if TYPE_CHECKING:
     from rich.status import Status
 
+LIVE_EVERY_S = 0.5
 PLAIN_EVERY_S = 10.0  # a line of progress where there is no terminal to redraw
 WARNINGS_SHOWN = 3
 
@@ -53,14 +54,15 @@ class Display:
         """Entries that the state has already."""
         for entry in entries:
             self._tell(entry)
-        line = self._progress()
-        if not line:
+        # Counting ten thousand trials takes milliseconds, so it is not done for every entry.
+        if self._clock() - self._last_line_at < (LIVE_EVERY_S if self._live is not None else PLAIN_EVERY_S):
             return
-        if self._live is not None:
+        self._last_line_at = self._clock()
+        line = self._progress()
+        if line and self._live is not None:
             self._live.update(line)
-        elif self._clock() - self._last_line_at > PLAIN_EVERY_S:
+        elif line:
             say(line)
-            self._last_line_at = self._clock()
 
     def _tell(self, entry: Entry) -> None:
         match entry.event:
