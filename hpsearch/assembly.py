@@ -59,6 +59,9 @@ def open_study(
     """
     journal = Journal.open(run_dir, clock=clock, wait_s=wait_s)
     try:
+        before = [entry.event for entry in journal.entries if isinstance(entry.event, Opened)]
+        if before:  # asked first: the stages of another study could make nothing of these events
+            check_resume(Spec.from_dump(dict(before[-1].spec)), spec, run_dir)
         state = StudyState()
         blobs = BlobStore(run_dir)
         told = make_stages(spec, state, make_sampler(spec), blobs, stages)
@@ -66,8 +69,6 @@ def open_study(
             state.apply(entry.event, entry.time)
             for stage in told:
                 stage.apply(entry.event)
-        if state.opened is not None:
-            check_resume(Spec.from_dump(dict(state.opened.spec)), spec, run_dir)
         opened = Opened(
             study=spec.name,
             uid=state.uid or uuid.uuid4().hex,

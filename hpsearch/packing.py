@@ -16,8 +16,11 @@ from hpsearch.verdict import measured_metrics
 FOLDER = "package"
 
 
-def pack(run_dir: Path, state: StudyState) -> Path | None:
+def pack(run_dir: Path, state: StudyState, run_ids: Mapping[int, str] | None = None) -> Path | None:
     """The folder with the packaged ensemble, None when nothing was chosen or exported.
+
+    Args:
+        run_ids: each trial's run in MLflow, as far as there is one.
 
     Raises:
         PackageError: the folder cannot be written, or what was exported does not make a package.
@@ -44,6 +47,7 @@ def pack(run_dir: Path, state: StudyState) -> Path | None:
                 weights=blobs.read(str(files["weights"])),
                 max_difference=_float(files.get("max_difference")),
                 reason=str(files.get("reason") or ""),
+                run_id=(run_ids or {}).get(trial),
             )
         )
     shape = exported.values["input_shape"]

@@ -145,6 +145,8 @@ class StudyState:
             case DataSeen():
                 self.data = data_info(dict(event.info))
             case StageBegan(stage=stage):
+                if stage == "search" and self.search_ended:
+                    self._forget_ensemble()
                 self.began.pop(stage, None)
                 self.began[stage] = time
                 self.ended_stages.discard(stage)
@@ -195,11 +197,18 @@ class StudyState:
             self.worked_s += last_at - self.resumed_at[-1]
             for stage in [name for name in self.began if name not in self.ended_stages]:
                 self.stage_s[stage] = self.stage_s.get(stage, 0.0) + last_at - self.began.pop(stage)
+            if self.opened.spec.get("ensemble") != spec.get("ensemble"):
+                self.selected = self.compared = None  # chosen by other settings
         self.opened = event
         self.resumed_at.append(time)
         self.ended = None
         for trial in self.trials.values():
             trial.max_epochs = self._max_epochs
+
+    def _forget_ensemble(self) -> None:
+        """The search goes on: trials get other checkpoints, so what was measured of the old ones holds no longer."""
+        self.results = {k: v for k, v in self.results.items() if not k.startswith(("evaluate/", "export/"))}
+        self.selected = self.compared = None
 
     def _mark_search(self) -> None:
         ended = self.search_ended

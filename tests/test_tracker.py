@@ -545,7 +545,8 @@ def test_thread_follows_a_journal_and_sends_all_of_it(
 def test_thread_warns_once_and_names_the_way_to_catch_up(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole_study().write(run_dir)
     warned: list[str] = []
-    tracker = Tracker(run_dir, tracking_uri=f"http://127.0.0.1:{free_port()}")
+    port = free_port()
+    tracker = Tracker(run_dir, tracking_uri=f"http://ann:s3cret@127.0.0.1:{port}")
     attempts = threading.Semaphore(0)
     original = tracker.sync
 
@@ -562,7 +563,10 @@ def test_thread_warns_once_and_names_the_way_to_catch_up(run_dir: Path, monkeypa
         assert attempts.acquire(timeout=30)
     report = thread.close(timeout_s=60)
     assert len(warned) == 1
-    assert warned[0].endswith(f"The study goes on; send the rest later: hpsearch sync {run_dir}")
+    assert warned[0] == (
+        f"MLflow: nobody answers at http://127.0.0.1:{port}: Connection refused. The study goes on; send the rest"
+        f" later: hpsearch sync {run_dir} --tracking-uri http://127.0.0.1:{port}"
+    )
     assert report.out_of_reach
     assert report.as_json()["run_id"] is None
 
@@ -608,16 +612,26 @@ def test_whole_study_arrives_at_a_server(
 
 
 @pytest.mark.slow
-def test_server_that_dies_in_the_middle_gets_everything_once(server: MlflowServer, run_dir: Path) -> None:
+def test_server_that_dies_in_the_middle_gets_everything_once(
+    server: MlflowServer, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = Script("outage").data().search_begins()
     for number in range(12):
         script.trial(number, [1.0 / (number + 1), 0.5, 0.4])
     state = script.search_ends().ensemble().ends().state()
+    original = MlflowWriter.create_run
+    created: list[str] = []
+
+    def create_run(self: MlflowWriter, name: str, **kwargs: object) -> str:
+        run_id = original(self, name, **kwargs)  # type: ignore[arg-type]
+        created.append(name)
+        if len(created) == 6:
+            server.stop()
+        return run_id
+
+    monkeypatch.setattr(MlflowWriter, "create_run", create_run)
     tracker = Tracker(run_dir, tracking_uri=server.uri, package=package_for(run_dir))
-    killer = threading.Timer(1.0, server.stop)
-    killer.start()
     first = tracker.sync(state)
-    killer.join()
     assert first.out_of_reach
     assert first.waiting > 0
     assert tracker.sync(state).sent == 0

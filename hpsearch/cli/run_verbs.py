@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import click
@@ -135,7 +136,8 @@ def sync(run: Path, tracking_uri: str | None, as_json: bool) -> None:
     state = state_of(run)
     from hpsearch.cli.tracking import make_tracker
 
-    report = make_tracker(run, tracking_uri).sync(state, running=is_locked(run))
+    with contextlib.closing(make_tracker(run, tracking_uri)) as tracker:
+        report = tracker.sync(state, running=is_locked(run))
     report.raise_for_error()
     if as_json:
         print_json({"study": state.name, "sent": report.sent, "waiting": report.waiting, "mlflow": report.as_json()})

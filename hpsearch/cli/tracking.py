@@ -42,7 +42,7 @@ class Keepsakes:
     def pack(self, state: StudyState, run_ids: Mapping[int, str]) -> Path | None:
         """The packaged ensemble's folder, None when there is none."""
         self._packed = True
-        return pack(self._run_dir, state)
+        return pack(self._run_dir, state, run_ids)
 
     def complete(self, state: StudyState) -> None:
         """Make what nobody has asked for yet."""
@@ -70,7 +70,7 @@ class Tracking:
         self._thread = TrackerThread(
             make_tracker(run.run_dir, tracking_uri, self._keepsakes),
             JournalFollower(run.run_dir),
-            warn=lambda text: say(f"warning[mlflow]: {text}"),
+            warn=lambda text: say(f"warning[mlflow]: {text.removeprefix('MLflow: ')}"),
         )
 
     def start(self) -> None:

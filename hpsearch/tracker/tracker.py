@@ -394,7 +394,7 @@ class TrackerThread:
         Args:
             latest: the study's state; called in this thread alone.
             warn: takes one message, at most once per kind of trouble.
-            catch_up: the command that sends the rest later; by default `hpsearch sync RUN`.
+            catch_up: the command that sends the rest later; by default `hpsearch sync RUN`, with the address as given.
             interval_s: between looks at the study.
             max_pause_s: between attempts while MLflow is out of reach; they start at twice the interval.
         """
@@ -458,8 +458,14 @@ class TrackerThread:
         if self._warned:
             return
         self._warned = True
-        catch_up = self._catch_up or f"hpsearch sync {shlex.quote(str(self._tracker.run_dir))}"
+        catch_up = self._catch_up or _catch_up(self._tracker)
         self._warn(f"MLflow: {error}. The study goes on; send the rest later: {catch_up}")
+
+
+def _catch_up(tracker: Tracker) -> str:
+    """The command that sends the rest, to the same server; its credentials are for the user to fill in."""
+    command = f"hpsearch sync {shlex.quote(str(tracker.run_dir))}"
+    return f"{command} --tracking-uri {shlex.quote(redact(tracker.given_uri))}" if tracker.given_uri else command
 
 
 def _pack(run_dir: Path, state: StudyState) -> Path | None:

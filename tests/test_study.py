@@ -1,0 +1,688 @@
+"""The study: who holds which job, which result counts, and what a crash leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from hpsearch.assembly import make_stages, open_study
+from hpsearch.blobs import BlobStore
+from hpsearch.budget import Budget
+from hpsearch.errors import HpsearchError, JournalError, NoUsableTrial, UserCodeError
+from hpsearch.events import Finished, Leased, Opened, Returned
+from hpsearch.fleets import Launch
+from hpsearch.fleets.local import LocalFleet
+from hpsearch.job import DataInfo, EpochMetrics, Job, Result, TrainJob
+from hpsearch.journal import FILE_NAME, Journal, read_journal
+from hpsearch.spec import Spec, parse_spec
+from hpsearch.state import Entry, StudyState
+from hpsearch.study import FIRST_LEASE_S, LEASE_EPOCHS, SHORTEST_LEASE_S, Study
+from hpsearch.trial import TrialState
+from hpsearch.worker import Worker
+from tests import fakes
+
+SPACE = """
+name: leases
+task: task.py:Task
+search: {trials: 9}
+parameters:
+  lr: {distribution: log_uniform, min: 1e-4, max: 1.0}
+early_stopping: {min_epochs: 1, max_epochs: 9, reduction_factor: 3}
+ensemble: {pool: 4, size: 2}
+"""
+INFO = fakes.FakeExecutor().describe()
+
+
+class Clock:
+    """A clock that stands still until it is told."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def make(tmp_path: Path, clock: Clock) -> Iterator[Callable[..., Study]]:
+    """A new study in `tmp_path` with the fake clock, closed at the end; without `background` nothing waits for a thread."""
+    made: list[Study] = []
+
+    def study(*overrides: str, background: bool = False, budget: Budget | None = None) -> Study:
+        spec = parse_spec(SPACE, overrides=overrides)
+        journal = Journal.open(tmp_path, wait_s=0, clock=clock)
+        state, blobs = StudyState(), BlobStore(tmp_path)
+        stages = make_stages(spec, state, fakes.make_sampler(spec), blobs)
+        opened = Opened(study=spec.name, uid="u", spec=spec.dump(), spec_text="")
+        state.apply(opened, journal.append(opened).time)
+        made.append(
+            Study(
+                journal=journal,
+                state=state,
+                stages=stages,
+                blobs=blobs,
+                budget=budget,
+                clock=clock,
+                background=background,
+            )
+        )
+        return made[-1]
+
+    yield study
+    for each in made:
+        each.close()
+
+
+def take(study: Study, worker: str) -> TrainJob:
+    (job,) = study.pull(worker).jobs
+    assert isinstance(job, TrainJob)
+    return job
+
+
+def answer(job: Job, executor: fakes.FakeExecutor | None = None) -> Result:
+    (result,) = (executor or fakes.FakeExecutor()).run([job], lambda ref: b"", lambda key, epoch: None)
+    return result
+
+
+def crash(job: Job, message: str = "ValueError: bad", frame: str = "t.py:3 in model") -> Result:
+    return Result(key=job.key, outcome="crashed", message=message, frame=frame)
+
+
+def work(study: Study, worker: str = "w", executor: fakes.FakeExecutor | None = None) -> None:
+    """One worker to the study's end."""
+    runner = Worker(worker, study, lambda: executor or fakes.FakeExecutor())
+    if runner.begin():
+        while runner.step():
+            pass
+
+
+def finished(tmp_path: Path) -> list[Finished]:
+    return [entry.event for entry in read_journal(tmp_path) if isinstance(entry.event, Finished)]
+
+
+# Leases
+
+
+def test_job_of_a_lost_worker_is_given_out_again(make: Callable[..., Study]) -> None:
+    study = make()
+    study.hello("a", INFO)
+    job = take(study, "a")
+    study.lost("a")
+    assert take(study, "b") == job
+
+
+def test_trial_of_a_lost_worker_is_not_blamed(make: Callable[..., Study]) -> None:
+    study = make()
+    study.hello("a", INFO)
+    for _ in range(5):
+        job = take(study, "a")
+        study.lost("a")
+    assert study.state.trials[job.trial].crashes == 0
+    assert study.state.trials[job.trial].state is TrialState.WAITING
+
+
+def test_second_copy_of_a_result_is_ignored(make: Callable[..., Study], tmp_path: Path) -> None:
+    study = make()
+    study.hello("a", INFO)
+    result = answer(take(study, "a"))
+    study.push("a", [result])
+    study.push("a", [result])
+    study.push("a", [result, result])
+    study.close()
+    assert [event.key for event in finished(tmp_path)] == [result.key]
+
+
+def test_two_copies_in_one_batch_count_once(make: Callable[..., Study], tmp_path: Path) -> None:
+    study = make()
+    study.hello("a", INFO)
+    result = answer(take(study, "a"))
+    study.push("a", [result, result])
+    study.close()
+    assert len(finished(tmp_path)) == 1
+    assert len(study.state.trials[0].curve) == 1
+
+
+def test_result_of_a_job_that_nobody_holds_is_ignored(make: Callable[..., Study], tmp_path: Path) -> None:
+    study = make()
+    study.hello("a", INFO)
+    study.push("a", [Result(key="train/7/0-1"), Result(key="ramp/all/0"), Result(key="no such job")])
+    study.close()
+    assert finished(tmp_path) == []
+    assert study.state.trials == {}
+
+
+def test_result_pushed_by_two_workers_counts_once(make: Callable[..., Study], tmp_path: Path) -> None:
+    study = make()
+    study.hello("slow", INFO)
+    result = answer(take(study, "slow"))
+    study.lost("slow")
+    study.hello("quick", INFO)
+    assert answer(take(study, "quick")) == result
+    study.push("slow", [result])  # it was not dead after all
+    study.push("quick", [result])
+    study.close()
+    assert [(event.key, event.worker) for event in finished(tmp_path)] == [(result.key, "slow")]
+
+
+def test_late_result_of_a_job_that_was_returned_does_not_count(make: Callable[..., Study], tmp_path: Path) -> None:
+    study = make()
+    study.hello("a", INFO)
+    job = take(study, "a")
+    study.lost("a")
+    study.push("a", [answer(job)])
+    assert take(study, "b") == job
+    study.close()
+    assert finished(tmp_path) == []
+
+
+def test_lease_without_progress_expires(make: Callable[..., Study], clock: Clock, tmp_path: Path) -> None:
+    study = make()
+    study.hello("hung", INFO)
+    job = take(study, "hung")
+    clock.now = FIRST_LEASE_S
+    assert take(study, "other") != job
+    clock.now = FIRST_LEASE_S + 1
+    assert take(study, "third") == job
+    study.close()
+    returned = [entry.event for entry in read_journal(tmp_path) if isinstance(entry.event, Returned)]
+    assert (returned[0].key, returned[0].worker, returned[0].reason) == (job.key, "hung", "no progress for 3600 s")
+
+
+def test_progress_keeps_a_lease_alive(make: Callable[..., Study], clock: Clock) -> None:
+    study = make()
+    study.hello("slow", INFO)
+    job = take(study, "slow")
+    for _ in range(4):
+        clock.now += FIRST_LEASE_S - 1
+        study.progress(job.key)
+        assert study.pull("other", slots=0).jobs == ()
+    assert job.key in study.state.leases
+    study.push("slow", [answer(job)])
+    assert study.state.trials[job.trial].epoch == 1
+
+
+def test_progress_of_an_unknown_job_is_passed_over(make: Callable[..., Study], clock: Clock) -> None:
+    study = make()
+    study.hello("w", INFO)
+    study.progress("train/99/0-1")
+    clock.now = 10 * FIRST_LEASE_S
+    assert take(study, "w").trial == 0
+
+
+@pytest.mark.parametrize(("epoch_s", "limit_s"), [(1.0, SHORTEST_LEASE_S), (60.0, 60.0 * LEASE_EPOCHS)])
+def test_leases_last_several_of_the_slowest_epoch_seen(
+    make: Callable[..., Study], clock: Clock, epoch_s: float, limit_s: float
+) -> None:
+    study = make()
+    study.hello("w", INFO)
+    result = answer(take(study, "w"))
+    rows = tuple(EpochMetrics(epoch=row.epoch, metrics=row.metrics, seconds=epoch_s) for row in result.epochs)
+    study.push("w", [dataclasses.replace(result, epochs=rows)])
+    job = take(study, "hung")
+    clock.now += limit_s
+    assert take(study, "w") != job
+    clock.now += 1
+    assert take(study, "w") == job
+
+
+def test_worker_restarted_under_its_name_finds_its_job_again(make: Callable[..., Study], tmp_path: Path) -> None:
+    study = make()
+    study.hello("w", INFO)
+    job = take(study, "w")
+    assert study.hello("w", INFO).error == ""
+    assert take(study, "w") == job
+    study.close()
+    returned = [entry.event for entry in read_journal(tmp_path) if isinstance(entry.event, Returned)]
+    assert [event.reason for event in returned] == ["its worker was restarted"]
+
+
+def test_several_slots_are_filled_with_different_jobs(make: Callable[..., Study]) -> None:
+    study = make()
+    study.hello("w", INFO)
+    jobs = study.pull("w", slots=4).jobs
+    assert len({job.key for job in jobs}) == 4
+    assert set(study.state.leases) == {job.key for job in jobs}
+
+
+def test_nothing_is_given_out_after_stop_but_results_still_count(make: Callable[..., Study], tmp_path: Path) -> None:
+    study = make()
+    study.hello("w", INFO)
+    job = take(study, "w")
+    study.stop("interrupted")
+    assumed = study.pull("w")
+    assert (assumed.jobs, assumed.ended) == ((), True)
+    study.push("w", [answer(job)])
+    study.close()
+    assert [event.key for event in finished(tmp_path)] == [job.key]
+
+
+# Data
+
+
+def test_worker_with_other_data_is_refused_with_both_row_counts(make: Callable[..., Study]) -> None:
+    study = make()
+    assert study.hello("a", INFO).error == ""
+    other = dataclasses.replace(INFO, fingerprint="other", n_rows={"train": 299, "val": 121})
+    assert study.hello("b", other).error == (
+        "Task.data() gave b other data than the first worker got "
+        "(rows {'train': 299, 'val': 121}, the study's {'train': 300, 'val': 120, 'ensemble': 120, 'test': 120})"
+    )
+    assert study.hello("c", INFO).error == ""
+
+
+def test_worker_with_other_data_stops_the_study_and_never_gets_a_job(make: Callable[..., Study]) -> None:
+    class Unseeded(fakes.FakeExecutor):
+        def describe(self) -> DataInfo:
+            return dataclasses.replace(INFO, fingerprint="other")
+
+    study = make()
+    study.hello("a", INFO)
+    refused = Unseeded()
+    work(study, "b", refused)
+    assert refused.ran == []
+    assert isinstance(study.failure, UserCodeError)
+    assert "Task.data() gave b other data" in study.failure.message
+    assert study.failure.hint == "seed every random choice in Task.data(): all workers must see the same split"
+
+
+def test_data_that_changed_between_two_drivers_are_refused(make: Callable[..., Study], tmp_path: Path) -> None:
+    study = make()
+    study.hello("a", INFO)
+    study.close()
+    again = open_study(tmp_path, parse_spec(SPACE), make_sampler=fakes.make_sampler, background=False, wait_s=0)
+    assert again.hello("a", dataclasses.replace(INFO, fingerprint="other")).error
+    again.close()
+
+
+# Crashes
+
+
+def test_same_crash_of_three_trials_stops_the_study(make: Callable[..., Study], tmp_path: Path) -> None:
+    study = make()
+    study.hello("w", INFO)
+    jobs = study.pull("w", slots=3).jobs
+    study.push("w", [crash(jobs[0], "ValueError: 1"), crash(jobs[1], "ValueError: 2")])
+    assert study.failure is None
+    study.push("w", [crash(jobs[2], "ValueError: 3")])
+    assert isinstance(study.failure, UserCodeError)
+    assert str(study.failure) == (
+        "error[task]: t.py:3 in model: ValueError: 3\n"
+        "  hint: the same error ended 3 jobs, so the study was stopped; mend the task, then launch again with --resume"
+    )
+    assert study.pull("w").ended
+    study.close()
+    ended = StudyState.of(read_journal(tmp_path)).ended
+    assert ended is not None
+    assert (ended.reason, ended.message) == ("failed", str(study.failure))
+
+
+def test_retry_of_one_trial_is_not_a_second_witness(make: Callable[..., Study]) -> None:
+    study = make()
+    study.hello("w", INFO)
+    for _ in range(4):  # two trials, each twice
+        job = take(study, "w")
+        study.push("w", [crash(job)])
+    assert study.failure is None
+    assert [trial.state for trial in study.state.trials.values()] == [TrialState.FAILED] * 2
+
+
+def test_different_crashes_do_not_stop_the_study(make: Callable[..., Study]) -> None:
+    study = make()
+    study.hello("w", INFO)
+    for index, job in enumerate(study.pull("w", slots=6).jobs):
+        study.push("w", [crash(job, frame=f"t.py:{index} in model")])
+    assert study.failure is None
+
+
+def test_search_without_a_usable_trial_says_what_became_of_them(make: Callable[..., Study], tmp_path: Path) -> None:
+    study = make()
+    work(study, executor=fakes.FakeExecutor(diverge_above=0.0))
+    assert isinstance(study.failure, NoUsableTrial)
+    assert study.failure.message == "none of 9 trials left a finite checkpoint (9 diverged)"
+    study.close()
+    ended = StudyState.of(read_journal(tmp_path)).ended
+    assert ended is not None
+    assert ended.reason == "no usable trial"
+
+
+# Budget
+
+
+def test_budget_of_epochs_ends_the_search_and_the_ensemble_still_comes(make: Callable[..., Study]) -> None:
+    study = make(budget=Budget(epochs=4))
+    work(study)
+    assert study.failure is None
+    assert study.state.done
+    assert study.state.n_epochs <= 6  # a job may go over it, none is begun after
+    assert study.state.selected is not None
+    assert study.state.compared is not None
+
+
+def test_budget_of_hours_ends_the_search_and_the_ensemble_still_comes(make: Callable[..., Study], clock: Clock) -> None:
+    study = make(budget=Budget(hours=1.0))
+    study.hello("w", INFO)
+    for _ in range(3):
+        study.push("w", [answer(take(study, "w"))])
+    clock.now = 3600.0
+    assert not any(isinstance(job, TrainJob) for job in study.pull("w", slots=9).jobs)
+    study.lost("w")
+    work(study)
+    assert study.state.done
+    assert len(study.state.trials) == 3
+    assert study.state.selected is not None
+
+
+def test_budget_waits_for_what_is_running(make: Callable[..., Study]) -> None:
+    study = make(budget=Budget(epochs=1))
+    study.hello("w", INFO)
+    first, second = study.pull("w", slots=2).jobs
+    study.push("w", [answer(first)])
+    assert study.pull("w").jobs == ()
+    assert not study.state.search_ended
+    study.push("w", [answer(second)])
+    assert study.state.search_ended
+    assert study.state.trials[1].epoch == 1
+
+
+def test_gpu_hours_count_the_seconds_that_workers_worked(make: Callable[..., Study]) -> None:
+    study = make(budget=Budget(gpu_hours=1.0, gpus_per_worker=0.5))
+    study.hello("w", INFO)
+    for hours, ends in ((1.9, False), (0.2, True)):
+        result = answer(take(study, "w"))
+        study.push("w", [dataclasses.replace(result, seconds=hours * 3600)])
+        if ends:
+            study.pull("w", slots=0)
+        assert study.state.search_ended is ends
+
+
+# Disk
+
+
+def test_full_disk_ends_the_study_and_what_was_kept_goes_on(
+    make: Callable[..., Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make()
+    study.hello("w", INFO)
+    study.push("w", [answer(take(study, "w"))])
+    job = take(study, "w")
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(JournalError, match="No space left on device"):
+            study.push("w", [answer(job)])
+    study.close()
+    again = open_study(tmp_path, parse_spec(SPACE), make_sampler=fakes.make_sampler, background=False, wait_s=0)
+    assert again.state.trials[0].epoch == 1
+    work(again)
+    assert again.state.done
+    again.close()
+
+
+def test_full_disk_is_told_as_failure_when_a_thread_keeps(
+    make: Callable[..., Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make(background=True)
+    study.hello("w", INFO)
+    job = take(study, "w")
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        study.push("w", [answer(job)])
+        for _ in range(200):
+            if study.ended:
+                break
+            threading.Event().wait(0.02)
+        assert isinstance(study.failure, JournalError)
+    study.close()
+    assert finished(tmp_path) == []
+
+
+def test_replaced_checkpoints_are_deleted_and_the_last_and_best_are_kept(
+    make: Callable[..., Study], tmp_path: Path
+) -> None:
+    study = make()
+    work(study)
+    study.close()
+    kept = {f"checkpoints/{path.name}" for path in (tmp_path / "checkpoints").iterdir()}
+    named = {ref for t in study.state.trials.values() for ref in (t.checkpoint, t.best_checkpoint) if ref}
+    assert kept == named
+
+
+# Threads
+
+
+def test_many_threads_and_500_trials_leave_a_consistent_journal(tmp_path: Path) -> None:
+    spec = parse_spec(SPACE, overrides=["search.trials=500"])
+    study = open_study(tmp_path, spec, make_sampler=fakes.make_sampler, wait_s=0)
+    threads = [threading.Thread(target=work, args=(study, f"w{index}")) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for index in range(20):  # workers that are taken for dead while they work
+        study.lost(f"w{index % 8}")
+        threading.Event().wait(0.01)
+    for thread in threads:
+        thread.join()
+    study.close()
+
+    entries = read_journal(tmp_path)
+    assert [entry.seq for entry in entries] == list(range(len(entries)))
+    held: set[str] = set()
+    for event in (entry.event for entry in entries):
+        match event:
+            case Leased(key=key):
+                assert key not in held
+                held.add(key)
+            case Returned(key=key) | Finished(key=key):
+                held.remove(key)
+    assert not held
+
+    replayed = StudyState.of(entries)
+    assert replayed.done
+    assert len(replayed.trials) == 500
+    assert replayed.trials == study.state.trials
+    assert replayed.results == study.state.results
+    assert replayed.selected == study.state.selected
+    for trial in replayed.trials.values():
+        assert [row.epoch for row in trial.curve] == list(range(1, trial.epoch + 1))
+
+
+def test_worker_that_waits_is_woken_by_the_result_it_waits_for(tmp_path: Path) -> None:
+    spec = parse_spec(SPACE, overrides=["search.trials=1"])
+    study = open_study(tmp_path, spec, make_sampler=fakes.make_sampler, wait_s=0)
+    study.hello("a", INFO)
+    job = take(study, "a")
+    given: list[Job] = []
+    waiting = threading.Thread(target=lambda: given.extend(study.pull("b", timeout_s=20.0).jobs))
+    waiting.start()
+    study.push("a", [answer(job)])
+    waiting.join(timeout=10.0)
+    study.close()
+    assert [job.key for job in given] == ["train/0/1-9"]
+
+
+# Resume
+
+SMALL = """
+name: small
+task: task.py:Task
+search: {trials: 5}
+parameters:
+  lr: {distribution: log_uniform, min: 1e-4, max: 1.0, bounds_from: lr_range}
+lr_range: {seeds: 2, steps: 20}
+early_stopping: {min_epochs: 1, max_epochs: 9, reduction_factor: 3}
+ensemble: {pool: 3, size: 2}
+"""
+
+
+def launch_of(run_dir: Path, make_executor: Callable[[Spec, Path], fakes.FakeExecutor] = fakes.make_executor) -> Launch:
+    return Launch(
+        run_dir=run_dir,
+        spec=parse_spec(SMALL),
+        folder=run_dir,
+        make_sampler=fakes.make_sampler,
+        make_executor=make_executor,
+        lock_wait_s=0,
+    )
+
+
+def run(launch: Launch, workers: int = 1) -> StudyState:
+    LocalFleet(launch, workers=workers).run(lambda entries: None)
+    return StudyState.of(read_journal(launch.run_dir))
+
+
+def outcome(state: StudyState) -> object:
+    trials = {n: (t.config, t.seed, t.curve, t.state, t.checkpoint) for n, t in state.trials.items()}
+    assert state.selected is not None
+    assert state.compared is not None
+    return trials, state.ranges, state.selected, state.compared.gain
+
+
+class Unpausable(fakes.FakeExecutor):
+    """As a `fit` of the user's own that gives no state: it trains on, or is let go."""
+
+    def _train(self, job: TrainJob) -> Result:
+        result = super()._train(job)
+        return dataclasses.replace(result, values={**result.values, "checkpoint": None, "resumable": False})
+
+
+def unpausable_executor(spec: Spec, folder: Path) -> Unpausable:
+    return Unpausable()
+
+
+class Unlucky(fakes.FakeExecutor):
+    """Trial 1 diverges at its first rung, trial 2 crashes at every second."""
+
+    def _train(self, job: TrainJob) -> Result:
+        if job.trial == 1:
+            return Result(key=job.key, outcome="diverged", message="val_loss is nan")
+        return crash(job) if job.trial == 2 else super()._train(job)
+
+
+def unlucky_executor(spec: Spec, folder: Path) -> Unlucky:
+    return Unlucky()
+
+
+@pytest.mark.parametrize(
+    ("make_executor", "workers"),
+    [(fakes.make_executor, 1), (fakes.make_executor, 2), (unpausable_executor, 2), (unlucky_executor, 2)],
+    ids=["one-worker", "two-workers", "no-pausing", "diverging-and-crashing"],
+)
+def test_study_killed_at_any_event_goes_on_and_keeps_every_result(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make_executor: Callable[[Spec, Path], fakes.FakeExecutor],
+    workers: int,
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # what is on disk is not the question, and there are many
+    whole = tmp_path / "whole"
+    uncut = run(launch_of(whole, make_executor), workers)
+    lines = (whole / FILE_NAME).read_bytes().splitlines(keepends=True)
+    for n_lines in range(len(lines) + 1):
+        cut = tmp_path / f"cut-{n_lines}"
+        shutil.copytree(whole, cut)
+        (cut / FILE_NAME).write_bytes(b"".join(lines[:n_lines]))
+        before = StudyState.of(read_journal(cut))
+        after = run(launch_of(cut, make_executor), workers)
+        assert after.done
+        assert not after.leases
+        assert len(after.trials) == 5
+        for number, trial in before.trials.items():
+            assert after.trials[number].config == trial.config
+            assert after.trials[number].seed == trial.seed
+            assert after.trials[number].curve[: len(trial.curve)] == trial.curve
+        assert after.ranges[: len(before.ranges)] == before.ranges
+        assert after.selected is not None
+        if workers == 1:  # what is asked next depends on what is known alone, so nothing at all differs
+            assert outcome(after) == outcome(uncut)
+
+
+def test_replay_gives_the_state_that_the_driver_had(make: Callable[..., Study], tmp_path: Path) -> None:
+    study = make()
+    work(study)
+    study.close()
+    entries = read_journal(tmp_path)
+    assert StudyState.of(entries) == study.state
+
+
+def test_resumed_study_gives_out_what_the_stopped_one_would_have(make: Callable[..., Study], tmp_path: Path) -> None:
+    study = make()
+    study.hello("w", INFO)
+    for _ in range(5):
+        study.push("w", [answer(take(study, "w"))])
+    expected = [study.pull("w").jobs[0] for _ in range(3)]
+    study.close()
+    again = open_study(tmp_path, parse_spec(SPACE), make_sampler=fakes.make_sampler, background=False, wait_s=0)
+    again.hello("w", INFO)
+    given = [again.pull("w").jobs[0] for _ in range(3)]
+    assert sorted(given, key=lambda job: job.key) == sorted(expected, key=lambda job: job.key)
+    again.close()
+
+
+def test_budget_counts_what_earlier_drivers_spent(make: Callable[..., Study], tmp_path: Path) -> None:
+    study = make()
+    study.hello("w", INFO)
+    for _ in range(3):
+        study.push("w", [answer(take(study, "w"))])
+    study.close()
+    spent = study.state.n_epochs
+    spec = parse_spec(SPACE, overrides=[f"budget.epochs={spent}"])
+    again = open_study(tmp_path, spec, make_sampler=fakes.make_sampler, background=False, wait_s=0)
+    work(again)
+    again.close()
+    assert again.state.n_epochs == spent
+    assert again.state.done
+
+
+def test_larger_budget_goes_on_where_the_smaller_ended(make: Callable[..., Study], tmp_path: Path) -> None:
+    study = make(budget=Budget(epochs=3))
+    work(study)
+    study.close()
+    assert study.state.done
+    assert study.state.n_epochs < 9
+    again = open_study(tmp_path, parse_spec(SPACE), make_sampler=fakes.make_sampler, background=False, wait_s=0)
+    work(again)
+    again.close()
+    assert len(again.state.trials) == 9
+    assert again.state.selected is not None
+    assert set(again.state.selected.pool) == {trial.number for trial in again.state.ranking()[:4]}
+
+
+def test_worker_that_cannot_begin_ends_the_study_with_its_error(make: Callable[..., Study]) -> None:
+    study = make()
+    error = UserCodeError("FileNotFoundError: digits.csv", frame="task.py:9 in data")
+    study.broken("w", error)
+    assert study.failure is error
+    assert study.ended
+    study.broken("v", HpsearchError("a later one"))
+    assert study.failure is error
+
+
+def test_watcher_of_a_study_sees_only_what_is_on_disk(make: Callable[..., Study], tmp_path: Path) -> None:
+    study = make()
+    study.hello("w", INFO)
+    job = take(study, "w")
+    result = answer(job)
+    study.push("w", [result])
+    seen: Sequence[Entry] = read_journal(tmp_path)
+    assert any(isinstance(entry.event, Finished) for entry in seen)
+    for ref, content in result.blobs.items():
+        assert study.fetch(ref) == content
+    study.close()
