@@ -17,6 +17,7 @@ import threading
 import time as time_module
 import zlib
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import IO
 
@@ -32,7 +33,7 @@ _CRC = b',"crc":"'
 class Journal:
     """The open journal of a run directory, held by its one writer."""
 
-    def __init__(self, file: IO[bytes], lock: IO[bytes], entries: list[Entry], clock: Callable[[], float]) -> None:
+    def __init__(self, file: FileIO, lock: IO[bytes], entries: list[Entry], clock: Callable[[], float]) -> None:
         self.entries = entries  # as read when it was opened
         self._file = file
         self._lock = lock
@@ -66,14 +67,18 @@ class Journal:
             _acquire(lock, run_dir, wait_s)
             path = run_dir / FILE_NAME
             try:
-                file = path.open("r+b") if path.exists() else path.open("x+b")
+                file = path.open("r+b" if path.exists() else "x+b", buffering=0)
             except OSError as error:
                 raise UsageError(
                     f"the journal {path} cannot be written: {error.strerror}", hint="choose another --run-dir"
                 ) from None
-            entries, good_bytes = _read(file.read(), path)
-            file.truncate(good_bytes)
-            file.seek(good_bytes)
+            try:
+                entries, good_bytes = _read(file.read(), path)
+                file.truncate(good_bytes)
+                file.seek(good_bytes)
+            except BaseException:
+                file.close()
+                raise
         except BaseException:
             lock.close()
             raise
@@ -93,18 +98,25 @@ class Journal:
         """Everything appended so far is on disk when this returns.
 
         Raises:
-            JournalError: the disk is full, or failed.
+            JournalError: the disk is full, or failed. Nothing is lost yet: the next `commit` tries again.
         """
         with self._file_lock:
             with self._buffer_lock:
                 lines, self._buffer = self._buffer, []
             if not lines:
                 return
+            good_bytes = self._file.tell()
             try:
-                self._file.write(b"".join(lines))
-                self._file.flush()
+                left = memoryview(b"".join(lines))
+                while left:
+                    left = left[self._file.write(left) :]
                 os.fsync(self._file.fileno())
             except OSError as error:
+                with self._buffer_lock:
+                    self._buffer[:0] = lines
+                # A line half written must be the last; after more lines it would be damage.
+                self._file.seek(good_bytes)
+                self._file.truncate()
                 raise JournalError(
                     f"the journal {self._file.name} cannot be written: {error.strerror}",
                     hint="make room, then hpsearch launch --resume",

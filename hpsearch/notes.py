@@ -5,6 +5,8 @@ Not in the journal, which has one writer and may be in use: nothing is computed 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import time as time_module
@@ -27,12 +29,15 @@ class Note:
 
 
 def read_notes(run_dir: Path) -> list[Note]:
-    """All notes of a run directory, oldest first; a half-written last one is left out."""
+    """All notes of a run directory, oldest first; one that a crash cut short is left out."""
     try:
-        lines = (run_dir / FILE_NAME).read_text(encoding="utf-8").split("\n")[:-1]
+        lines = (run_dir / FILE_NAME).read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:
         return []
-    bodies = [json.loads(line) for line in lines]
+    bodies = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            bodies.append(json.loads(line))
     return [Note(number=i, time=body["time"], text=body["text"]) for i, body in enumerate(bodies, start=1)]
 
 
@@ -48,9 +53,13 @@ def add_note(run_dir: Path, text: str, *, clock: Callable[[], float] = time_modu
     line = (json.dumps(body, ensure_ascii=False) + "\n").encode()
     try:
         # One write to a file opened for appending: two people's notes cannot mix.
-        handle = os.open(run_dir / FILE_NAME, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        handle = os.open(run_dir / FILE_NAME, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(handle, line)
+            size = os.fstat(handle).st_size
+            if size and os.pread(handle, 1, size - 1) != b"\n":
+                line = b"\n" + line  # after one that a crash cut short
+            if os.write(handle, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(handle)
     except OSError as error:

@@ -180,15 +180,20 @@ class Study:
             self._inbox.put(None)
             self._keeper.join()
         self._blobs.close()
-        self._journal.close()
+        try:
+            self._journal.close()
+        except HpsearchError:
+            if self._failure is None:  # else the driver knows of the full disk already
+                raise
 
     # Giving out
 
     def _give(self, worker: str, slots: int) -> tuple[Job, ...]:
+        """Several jobs only where they are alike, as trials that begin are; the rest is for whoever comes first."""
         jobs: list[Job] = []
         while len(jobs) < slots:
             job = self._next_job(worker)
-            if job is None:
+            if job is None or (jobs and not _alike(jobs[0], job)):
                 break
             self._lease(job, worker)
             jobs.append(job)
@@ -306,7 +311,8 @@ class Study:
                 self._look_for_common_crash(entry.event)
             self._advance()
             self._changed.notify_all()
-        self._commit_now()
+        if self._keeper is None:
+            self._commit_now()
 
     def _drop_replaced(self, event: Event) -> None:
         """Checkpoints that this result makes useless: a trial keeps its last and its best."""
@@ -386,6 +392,13 @@ class Study:
             self._changed.notify_all()
             with contextlib.suppress(HpsearchError):  # of a full disk the driver is told by `failure`
                 self._journal.commit()
+
+
+def _alike(first: Job, job: Job) -> bool:
+    """Whether two jobs take about as long."""
+    if isinstance(first, TrainJob) and isinstance(job, TrainJob):
+        return first.from_epoch == job.from_epoch == 0
+    return first.kind == job.kind
 
 
 def _finished(worker: str, result: Result, state: StudyState) -> Finished:

@@ -16,6 +16,7 @@ from hpsearch.job import Assignment, DataInfo, Job, Result
 
 PULL_S = 10.0  # how long one question for work may stay open
 SHORT_JOB_S = 0.25  # after jobs shorter than this the next is asked for ahead, so that nobody waits for the answer
+BATCH_S = 0.05  # jobs that fit into this are given and told together: a call costs as much as a tiny epoch
 
 
 class StudyClient(Protocol):
@@ -49,12 +50,18 @@ class Worker:
     """One worker's loop."""
 
     def __init__(
-        self, name: str, client: StudyClient, make_executor: Callable[[], Executor], *, slots: int = 1
+        self, name: str, client: StudyClient, make_executor: Callable[[], Executor], *, most_at_once: int = 1
     ) -> None:
+        """
+        Args:
+            most_at_once: jobs to be given at once while they are very short; with more than 1, who gets which job
+                depends on measured times.
+        """
         self._name = name
         self._client = client
         self._make_executor = make_executor
-        self._slots = slots
+        self._most_at_once = most_at_once
+        self._slots = 1
         self._executor: Executor | None = None
         self._last_job_s = float("inf")
 
@@ -99,16 +106,23 @@ class Worker:
 
     def _run(self, jobs: tuple[Job, ...]) -> None:
         assert self._executor is not None
-        start = time.perf_counter()
+        start = told = time.perf_counter()
+        unsaid: list[Result] = []
         try:
             for result in self._executor.run(jobs, self._client.fetch, self._tell_progress):
-                self._client.push(self._name, (result,))
+                unsaid.append(result)
+                if time.perf_counter() - told > BATCH_S:
+                    self._client.push(self._name, unsaid)
+                    told, unsaid = time.perf_counter(), []
+            if unsaid:
+                self._client.push(self._name, unsaid)
         except HpsearchError:
             raise
         except Exception as error:
             self._client.broken(self._name, internal_error(error))
             raise ClusterError("the worker met an internal error") from error
-        self._last_job_s = time.perf_counter() - start
+        self._last_job_s = (time.perf_counter() - start) / len(jobs)
+        self._slots = max(1, min(self._most_at_once, int(BATCH_S / self._last_job_s)))
 
     def _tell_progress(self, key: str, epoch: int) -> None:
         self._client.progress(key)

@@ -189,10 +189,13 @@ def test_full_disk_is_told_and_not_a_traceback(tmp_path: Path, monkeypatch: pyte
 
     journal = Journal.open(tmp_path)
     journal.append(Ended(reason="done"))
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(JournalError, match="No space left on device"):
-        journal.commit()
-    journal.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(JournalError, match="No space left on device"):
+            journal.commit()
+        assert read_journal(tmp_path) == []
+    journal.close()  # there is room again, and nothing was lost
+    assert [entry.event for entry in read_journal(tmp_path)] == [Ended(reason="done")]
 
 
 def test_fields_at_their_default_are_left_out() -> None:

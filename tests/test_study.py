@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import resource
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -57,7 +58,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def make(tmp_path: Path, clock: Clock) -> Iterator[Callable[..., Study]]:
-    """A new study in `tmp_path` with the fake clock, closed at the end; without `background` nothing waits for a thread."""
+    """A new study in `tmp_path` with the fake clock, closed at the end; without `background` no thread is used."""
     made: list[Study] = []
 
     def study(*overrides: str, background: bool = False, budget: Budget | None = None) -> Study:
@@ -431,6 +432,24 @@ def test_full_disk_ends_the_study_and_what_was_kept_goes_on(
     work(again)
     assert again.state.done
     again.close()
+
+
+def test_disk_that_fills_within_a_line_leaves_a_study_that_can_be_resumed(
+    make: Callable[..., Study], tmp_path: Path
+) -> None:
+    study = make("search.trials=500")
+    study.hello("w", INFO)
+    size = (tmp_path / FILE_NAME).stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, hard))
+    try:
+        study.pull("w", slots=200)
+        assert isinstance(study.failure, JournalError)
+        assert len(read_journal(tmp_path)) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    study.close()  # there is room again, and nothing was lost
+    assert len(StudyState.of(read_journal(tmp_path)).trials) == 200
 
 
 def test_full_disk_is_told_as_failure_when_a_thread_keeps(

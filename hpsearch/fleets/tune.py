@@ -9,6 +9,7 @@ also with workers pending.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import shutil
@@ -34,6 +35,7 @@ QUIET = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+JOBS_AT_ONCE = 8  # that a worker may hold while they are shorter than a call
 LOOK_EVERY_S = 0.03  # at the journal
 PING_EVERY_S = 2.0  # whether the study's process is alive
 STOP_S = 10.0  # that a stopped study may take to keep what was pushed
@@ -63,6 +65,8 @@ class TuneFleet:
             os.environ.setdefault(key, value)
         import ray
 
+        # Half a second of imports, while Ray's processes start.
+        threading.Thread(target=importlib.import_module, args=("ray.tune",), daemon=True).start()
         self._connect()
         tail = JournalTail(self._launch.run_dir)
         earlier = list(tail.new_entries())  # of earlier drivers, which have ended too
@@ -312,7 +316,7 @@ def work_for(study: str, namespace: str, launch: Launch, name: str) -> None:
     import ray
 
     client = ActorClient(ray.get_actor(study, namespace))
-    Worker(name, client, launch.executor).run()
+    Worker(name, client, launch.executor, most_at_once=JOBS_AT_ONCE).run()
 
 
 def _this_node() -> Any:

@@ -63,9 +63,8 @@ class EnsembleStage:
         if self._selected() is None:
             selected = self._select()
             return [] if selected is None else [selected]
-        if not self._compared() and self._is_over(self._test_jobs()):
-            compared = self._compare()
-            return [] if compared is None else [compared]
+        if self._has_test() and not self._compared() and self._is_over(self._test_jobs()):
+            return [self._compare()]
         return []
 
     def finished(self) -> bool:
@@ -178,7 +177,7 @@ class EnsembleStage:
             single_score=chosen.single_score,
         )
 
-    def _compare(self) -> Compared | None:
+    def _compare(self) -> Compared:
         best, ensemble = (self._state.results[job.key] for job in self._test_jobs())
         if best.outcome != "done" or ensemble.outcome != "done":
             return Compared(n_trials=self._settings.n_trials, gain={})

@@ -131,6 +131,7 @@ class TorchExecutor:
         own = has_own_fit(self._task)
         with self._borrowed_process():
             metrics = () if config is None or own else self._metric_names(config)
+            _warm_up()
             return replace(self._data.info, metrics=metrics, resumable=not own)
 
     def run(self, jobs: Sequence[Job], fetch: Fetch, progress: Progress) -> Iterator[Result]:
@@ -404,6 +405,15 @@ class _Curve:
     rows: list[EpochMetrics] = field(default_factory=list)
     best: Checkpoint | None = None  # weights of the best epoch, when it is one of this job's
     diverged: str = ""
+
+
+def _warm_up() -> None:
+    """One step of a network that nobody wants: torch loads what its optimizers need, a second, with the first."""
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.zeros(2, 1)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def checkpoint_ref(trial: int, epoch: int, *, best: bool = False) -> str:

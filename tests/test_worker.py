@@ -1,0 +1,238 @@
+"""The worker's loop: begin, ask, run, push, and how each kind of error ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from hpsearch.errors import ClusterError, HpsearchError, JournalError, UserCodeError
+from hpsearch.job import Assignment, DataInfo, Job, ProbeJob, Result
+from hpsearch.worker import BATCH_S, SHORT_JOB_S, LooksAhead, Worker, internal_error
+from tests import fakes
+
+
+def probe(number: int) -> ProbeJob:
+    return ProbeJob(key=f"probe/{number}", config={"lr": 0.1}, seed=0, steps=2)
+
+
+@dataclass
+class FakeStudy:
+    """Gives out what it was made with, then says that it has ended."""
+
+    assignments: list[Assignment] = field(default_factory=list)
+    answer: Assignment = field(default_factory=Assignment)
+    calls: list[tuple[object, ...]] = field(default_factory=list)
+    errors: list[HpsearchError] = field(default_factory=list)
+    pushes: list[int] = field(default_factory=list)  # results in each
+
+    def hello(self, worker: str, info: DataInfo) -> Assignment:
+        self.calls.append(("hello", worker, info.fingerprint))
+        return self.answer
+
+    def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0) -> Assignment:
+        self.calls.append(("pull", slots))
+        return self.assignments.pop(0) if self.assignments else Assignment(ended=True)
+
+    def push(self, worker: str, results: Sequence[Result]) -> None:
+        self.calls += [("push", result.key) for result in results]
+        self.pushes.append(len(results))
+
+    def progress(self, key: str) -> None:
+        self.calls.append(("progress", key))
+
+    def fetch(self, ref: str) -> bytes:
+        self.calls.append(("fetch", ref))
+        return b""
+
+    def broken(self, worker: str, error: HpsearchError) -> None:
+        self.errors.append(error)
+
+
+class AheadStudy(FakeStudy, LooksAhead):
+    def look_ahead(self, worker: str, slots: int, timeout_s: float) -> None:
+        self.calls.append(("look ahead", slots))
+
+
+class Clock:
+    """Seconds that pass only while an executor works."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("hpsearch.worker.time", clock)
+    return clock
+
+
+class TimedExecutor(fakes.FakeExecutor):
+    """Each job takes `job_s` seconds of the clock."""
+
+    def __init__(self, clock: Clock, job_s: float = 9.0) -> None:
+        super().__init__()
+        self._clock = clock
+        self.job_s = job_s
+
+    def run(
+        self, jobs: Sequence[Job], fetch: Callable[[str], bytes], progress: Callable[[str, int], None]
+    ) -> Iterator[Result]:
+        for job in jobs:
+            self._clock.now += self.job_s
+            progress(job.key, 1)
+            yield Result(key=job.key)
+
+
+class FailingExecutor(TimedExecutor):
+    """Raises where it is told to, `run` when it is asked for its second result."""
+
+    def __init__(self, clock: Clock, *, describe: Exception | None = None, run: Exception | None = None) -> None:
+        super().__init__(clock)
+        self._describe_error = describe
+        self._run_error = run
+
+    def describe(self) -> DataInfo:
+        if self._describe_error is not None:
+            raise self._describe_error
+        return super().describe()
+
+    def run(
+        self, jobs: Sequence[Job], fetch: Callable[[str], bytes], progress: Callable[[str, int], None]
+    ) -> Iterator[Result]:
+        for result in super().run(jobs, fetch, progress):
+            yield result
+            if self._run_error is not None:
+                raise self._run_error
+
+
+def test_worker_says_hello_then_pulls_runs_and_pushes_until_the_end(clock: Clock) -> None:
+    study = FakeStudy([Assignment(jobs=(probe(1),)), Assignment(), Assignment(jobs=(probe(2), probe(3)))])
+    Worker("w", study, lambda: TimedExecutor(clock, 9.0)).run()
+    assert study.calls == [
+        ("hello", "w", "fake"),
+        ("pull", 1),
+        ("progress", "probe/1"),
+        ("push", "probe/1"),
+        ("pull", 1),
+        ("pull", 1),
+        ("progress", "probe/2"),
+        ("push", "probe/2"),
+        ("progress", "probe/3"),
+        ("push", "probe/3"),
+        ("pull", 1),
+    ]
+
+
+def test_result_of_a_long_job_is_pushed_before_the_next_is_run(clock: Clock) -> None:
+    study = FakeStudy([Assignment(jobs=(probe(1), probe(2)))])
+    Worker("w", study, lambda: FailingExecutor(clock, run=RuntimeError("ours"))).run()
+    assert [call for call in study.calls if call[0] == "push"] == [("push", "probe/1")]
+
+
+def test_tiny_jobs_are_asked_for_several_at_once_and_told_together(clock: Clock) -> None:
+    jobs = [probe(n) for n in range(9)]
+    study = FakeStudy([Assignment(jobs=(jobs[0],)), Assignment(jobs=tuple(jobs[1:5])), Assignment(jobs=(jobs[5],))])
+    Worker("w", study, lambda: TimedExecutor(clock, BATCH_S / 8), most_at_once=4).run()
+    assert [call for call in study.calls if call[0] == "pull"] == [("pull", 1), ("pull", 4), ("pull", 4), ("pull", 4)]
+    assert study.pushes == [1, 4, 1]
+
+
+def test_worker_asks_for_one_job_at_a_time_when_they_are_not_tiny(clock: Clock) -> None:
+    study = FakeStudy([Assignment(jobs=(probe(1),)), Assignment(jobs=(probe(2),))])
+    Worker("w", study, lambda: TimedExecutor(clock, BATCH_S), most_at_once=8).run()
+    assert [call for call in study.calls if call[0] == "pull"] == [("pull", 1)] * 3
+
+
+def test_worker_never_asks_for_several_jobs_unless_it_is_told_to(clock: Clock) -> None:
+    study = FakeStudy([Assignment(jobs=(probe(1),)), Assignment(jobs=(probe(2),))])
+    Worker("w", study, lambda: TimedExecutor(clock, 1e-6)).run()
+    assert [call for call in study.calls if call[0] == "pull"] == [("pull", 1)] * 3
+
+
+def test_last_jobs_are_run_when_the_end_comes_with_them() -> None:
+    study = FakeStudy([Assignment(jobs=(probe(1),), ended=True)])
+    Worker("w", study, fakes.FakeExecutor).run()
+    assert study.calls[-1] == ("push", "probe/1")
+
+
+def test_task_that_cannot_be_loaded_is_told_and_nothing_is_asked() -> None:
+    error = UserCodeError("ValueError: no such file", frame="task.py:3 in data")
+    study = FakeStudy()
+    Worker("w", study, lambda: FailingExecutor(Clock(), describe=error)).run()
+    assert study.errors == [error]
+    assert study.calls == []
+
+
+def test_executor_that_cannot_be_made_is_told() -> None:
+    def make() -> fakes.FakeExecutor:
+        raise UserCodeError("ImportError: no module named timm")
+
+    study = FakeStudy()
+    assert not Worker("w", study, make).begin()
+    assert [error.message for error in study.errors] == ["ImportError: no module named timm"]
+
+
+def test_bug_of_ours_at_the_start_ends_the_study_with_its_traceback() -> None:
+    study = FakeStudy()
+    assert not Worker("w", study, lambda: FailingExecutor(Clock(), describe=KeyError("fingerprint"))).begin()
+    (error,) = study.errors
+    assert error.message == "internal error: KeyError: 'fingerprint'"
+    assert "please report this" in error.hint
+    assert "Traceback (most recent call last)" in error.hint
+
+
+def test_refused_worker_says_why_and_asks_for_nothing() -> None:
+    study = FakeStudy(answer=Assignment(error="Task.data() gave w other data"))
+    Worker("w", study, fakes.FakeExecutor).run()
+    assert [str(error) for error in study.errors] == [
+        "error[task]: Task.data() gave w other data\n"
+        "  hint: seed every random choice in Task.data(): all workers must see the same split"
+    ]
+    assert study.calls == [("hello", "w", "fake")]
+
+
+def test_study_that_is_gone_ends_the_worker_in_silence() -> None:
+    class Gone(FakeStudy):
+        def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0) -> Assignment:
+            raise ClusterError("the study is gone")
+
+    study = Gone()
+    Worker("w", study, fakes.FakeExecutor).run()
+    assert study.errors == []
+
+
+def test_bug_of_ours_in_a_job_is_told_and_the_worker_ends() -> None:
+    study = FakeStudy([Assignment(jobs=(probe(1),)), Assignment(jobs=(probe(2),))])
+    Worker("w", study, lambda: FailingExecutor(Clock(), run=RuntimeError("shape"))).run()
+    assert [error.message for error in study.errors] == ["internal error: RuntimeError: shape"]
+    assert [call for call in study.calls if call[0] == "pull"] == [("pull", 1)]
+
+
+def test_checkpoint_that_is_gone_is_the_callers_to_tell() -> None:
+    study = FakeStudy([Assignment(jobs=(probe(1),))])
+    worker = Worker("w", study, lambda: FailingExecutor(Clock(), run=JournalError("c.safetensors cannot be read")))
+    with pytest.raises(JournalError, match="cannot be read"):
+        worker.run()
+
+
+def test_next_jobs_are_asked_for_ahead_only_after_short_ones(clock: Clock) -> None:
+    study = AheadStudy([Assignment(jobs=(probe(n),)) for n in (1, 2, 3)])
+    executor = TimedExecutor(clock, 0.1)
+    worker = Worker("w", study, lambda: executor)
+    assert worker.begin()
+    for executor.job_s in (SHORT_JOB_S / 2, 9.0, 9.0):
+        worker.step()
+    told = [call for call in study.calls if call[0] in ("push", "look ahead")]
+    assert told == [("push", "probe/1"), ("look ahead", 1), ("push", "probe/2"), ("push", "probe/3")]
+
+
+def test_internal_error_names_the_exception() -> None:
+    assert str(internal_error(ZeroDivisionError("by zero"))).startswith(
+        "error[error]: internal error: ZeroDivisionError: by zero\n  hint: please report this"
+    )
