@@ -3,10 +3,11 @@
     python benchmarks/engines.py
     python benchmarks/engines.py --repeats 5
 
-Both train the same configs (drawn once, from the same space), the same network, data and optimizer for one epoch on two
-worker processes of one thread each. Tune's best settings are those that were fastest when measured: actors reused,
-auto-loggers off, quiet, no checkpoints, results reported once, torch warmed up before the first trial is timed. hpsearch runs as users run it, `hpsearch launch`, with
-every result synced to disk, checkpoints kept, MLflow (SQLite), the ensemble and its export included in `whole`.
+Both train the same configs (drawn once, from the same space), the same network, data and optimizer for one epoch on
+two worker processes of one thread each. Tune's best settings are those that were fastest when measured: actors
+reused, auto-loggers off, quiet, no checkpoints, results reported once, torch warmed up before the first trial is
+timed. hpsearch runs as users run it, `hpsearch launch`, with every result synced to disk, checkpoints kept, MLflow
+(SQLite), the ensemble and its export included in `whole`.
 
 Two ratios: the search (from the first trial's start on a worker that has its data to the last result) and the whole
 process, which for Tune has neither ensemble nor tracker in it. Runs alternate,

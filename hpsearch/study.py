@@ -62,6 +62,7 @@ class Study:
         self._progress: dict[str, float] = {}  # key -> clock at the last sign of progress
         self._slowest_epoch_s = 0.0
         self._pushed: set[str] = set()  # keys whose result is being kept
+        self._gone: set[str] = set()  # workers that were lost and have not come back
         self._crashes: list[Crash] = []
         self._began_at = clock()
         # What earlier drivers spent counts too.
@@ -95,6 +96,7 @@ class Study:
         """
         with self._changed:
             self._let_go(worker, "its worker was restarted")
+            self._gone.discard(worker)
             known = self._state.data
             if known is None:
                 self._record(DataSeen(info=dataclasses.asdict(info)))
@@ -144,6 +146,7 @@ class Study:
         """A worker is gone: its jobs are given out again."""
         with self._changed:
             self._let_go(worker, reason)
+            self._gone.add(worker)
             self._changed.notify_all()
 
     def broken(self, worker: str, error: HpsearchError) -> None:
@@ -299,9 +302,12 @@ class Study:
             entries = [self._journal.append(_finished(worker, result, self._state)) for worker, result in fresh]
         self._journal.commit()
         with self._changed:
-            for entry, (_, result) in zip(entries, fresh, strict=True):
+            for entry, (worker, result) in zip(entries, fresh, strict=True):
                 self._drop_replaced(entry.event)
                 self._apply(entry)
+                if worker in self._gone:  # lost while its result was kept: no trial may wait for its memory
+                    for stage in self._stages:
+                        stage.lost(worker)
                 self._pushed.discard(result.key)
                 self._progress.pop(result.key, None)
                 self._job_s += result.seconds

@@ -108,9 +108,11 @@ class Worker:
         assert self._executor is not None
         start = told = time.perf_counter()
         unsaid: list[Result] = []
+        failed = False
         try:
             for result in self._executor.run(jobs, self._client.fetch, self._tell_progress):
                 unsaid.append(result)
+                failed |= result.outcome not in ("done", "diverged")
                 if time.perf_counter() - told > BATCH_S:
                     self._client.push(self._name, unsaid)
                     told, unsaid = time.perf_counter(), []
@@ -121,7 +123,8 @@ class Worker:
         except Exception as error:
             self._client.broken(self._name, internal_error(error))
             raise ClusterError("the worker met an internal error") from error
-        self._last_job_s = (time.perf_counter() - start) / len(jobs)
+        # After a crash one job at a time: the next may crash alike, and three of a kind end the study.
+        self._last_job_s = float("inf") if failed else (time.perf_counter() - start) / len(jobs)
         self._slots = max(1, min(self._most_at_once, int(BATCH_S / self._last_job_s)))
 
     def _tell_progress(self, key: str, epoch: int) -> None:

@@ -336,6 +336,7 @@ def test_more_trials_are_chosen_from_again() -> None:
     bench.run()
     bench.stage = bench.stage_of(6)
     assert not bench.stage.finished()
+    assert [type(event) for event in bench.stage.conclude()] == [Selected]
     grow(bench)
     bench.train(5, 1, 0.01)
     bench.tell(StageEnded(stage="search"))

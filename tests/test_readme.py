@@ -135,6 +135,7 @@ def test_space_is_valid_beside_its_task(project: Path, text: str) -> None:
     load_task(spec.task, project)
 
 
+@pytest.mark.slow
 def test_study_runs_as_it_stands(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["validate", "space.yaml"]) == 0
     capsys.readouterr()

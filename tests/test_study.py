@@ -164,6 +164,25 @@ def test_result_of_a_job_that_nobody_holds_is_ignored(make: Callable[..., Study]
     assert study.state.trials == {}
 
 
+def test_worker_lost_while_its_result_is_kept_leaves_no_trial_behind(
+    make: Callable[..., Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial that cannot be paused lives in its worker's memory; nobody may wait for a worker that is gone."""
+    study = make("search.trials=1")
+    study.hello("a", INFO)
+    job = take(study, "a")
+    keep = BlobStore.keep
+
+    def lose(self: BlobStore, blobs: dict[str, bytes]) -> None:
+        study.lost("a")
+        keep(self, blobs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlobStore, "keep", lose)
+        study.push("a", [answer(job, Unpausable())])
+    assert take(study, "b").key == "train/0/1-3"
+
+
 def test_result_pushed_by_two_workers_counts_once(make: Callable[..., Study], tmp_path: Path) -> None:
     study = make()
     study.hello("slow", INFO)
@@ -653,6 +672,21 @@ def test_resumed_study_gives_out_what_the_stopped_one_would_have(make: Callable[
     given = [again.pull("w").jobs[0] for _ in range(3)]
     assert sorted(given, key=lambda job: job.key) == sorted(expected, key=lambda job: job.key)
     again.close()
+
+
+def test_job_that_a_killed_driver_had_given_out_goes_to_whoever_asks_first(
+    make: Callable[..., Study], tmp_path: Path
+) -> None:
+    study = make()
+    study.hello("w", INFO)
+    job = take(study, "w")
+    study.close()
+    again = open_study(tmp_path, parse_spec(SPACE), make_sampler=fakes.make_sampler, background=False, wait_s=0)
+    again.hello("another", INFO)
+    assert take(again, "another") == job
+    again.close()
+    returned = [entry.event for entry in read_journal(tmp_path) if isinstance(entry.event, Returned)]
+    assert [(event.key, event.worker, event.reason) for event in returned] == [(job.key, "w", "the driver went")]
 
 
 def test_budget_counts_what_earlier_drivers_spent(make: Callable[..., Study], tmp_path: Path) -> None:

@@ -68,6 +68,9 @@ def told(state: StudyState) -> dict[str, object]:
     return verdict(state, run_dir="runs/digits", wall_s=41.234, stages_s={"start": 6.123}, mlflow={"run_id": None})
 
 
+CRASHED = Finished(
+    key="evaluate/test/0", worker="w", outcome="crashed", values={"metrics": {"loss": 1.0}}, message="ValueError"
+)
 SEARCH: list[Event] = [
     StageBegan(stage="search"),
     *trained(0, losses(0.5, 0.3, 0.4)),
@@ -223,9 +226,7 @@ def test_range_that_was_not_found_has_no_rate_and_infinite_spread_no_number() ->
     ]
 
 
-@pytest.mark.parametrize(
-    "event", [None, measured("evaluate/test/0", "crashed"), measured("evaluate/val/0", loss=1.0)], ids=str
-)
+@pytest.mark.parametrize("event", [None, CRASHED, measured("evaluate/val/0", loss=1.0)], ids=str)
 def test_what_was_not_measured_is_empty_and_not_guessed(event: Event | None) -> None:
     state = state_of(*([event] if event is not None else []))
     assert measured_metrics(state, "test", [(0, 1.0)]) == {}
