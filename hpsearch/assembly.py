@@ -30,7 +30,7 @@ STAGES = ("lr_range", "search", "ensemble")
 RAMP_SEEDS_FROM = 1 << 40  # trials never have such a number, so no ramp shares a trial's seed
 
 # What may differ between a study and its resume: how much, where and with what, never what is asked.
-CHANGEABLE = ("search.trials", "budget.", "resources.", "mlflow.", "ensemble.")
+CHANGEABLE = ("search.trials", "budget.", "resources.", "mlflow.", "ensemble.pool", "ensemble.size")
 
 MakeSampler = Callable[[Spec], Sampler]
 

@@ -26,7 +26,9 @@ class BlobStore:
     def __init__(self, run_dir: Path) -> None:
         self._root = run_dir
         self._made: set[Path] = set()
-        self._sizes: dict[str, int] = {}
+        self._sizes = {
+            str(path.relative_to(run_dir)): path.stat().st_size for path in run_dir.glob("checkpoints/*.safetensors")
+        }
         self._pool: ThreadPoolExecutor | None = None
 
     def path(self, ref: str) -> Path:
@@ -101,7 +103,7 @@ class BlobStore:
         self._sizes.pop(ref, None)
 
     def n_bytes(self) -> int:
-        """Bytes kept by this process."""
+        """Bytes kept: checkpoints of all drivers, and whatever else this process has kept."""
         return sum(self._sizes.values())
 
     def arrays(self, ref: str) -> dict[str, np.ndarray]:

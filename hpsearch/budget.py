@@ -40,5 +40,5 @@ def exhausted(budget: Budget, spent: Spent) -> str:
     }
     for name, (limit, value) in limits.items():
         if limit is not None and value >= limit:
-            return f"budget.{name}: {limit:g}"
+            return f"budget.disk: {limit / 2**30:.3g} GiB" if name == "disk" else f"budget.{name}: {limit:g}"
     return ""

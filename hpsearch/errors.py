@@ -18,6 +18,7 @@ Exit codes stand beside the classes, so that the command line has nothing to dec
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -154,3 +155,11 @@ class ClusterError(HpsearchError):
 
     exit_code = 4
     code = "ray"
+
+
+def internal_error(error: Exception) -> HpsearchError:
+    """A defect of hpsearch itself, with the traceback that a report of it needs."""
+    text = "".join(traceback.format_exception(error))
+    return HpsearchError(
+        f"internal error: {type(error).__name__}: {error}", hint=f"please report this, with what follows\n{text}"
+    )

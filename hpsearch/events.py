@@ -43,6 +43,7 @@ class StageBegan:
 class StageEnded:
     type: ClassVar[str] = "stage-ended"
     stage: str
+    reason: str = ""  # the budget that ended it early
 
 
 @dataclass(frozen=True, kw_only=True)

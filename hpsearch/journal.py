@@ -84,14 +84,21 @@ class Journal:
             raise
         return cls(file, lock, entries, clock)
 
+    @property
+    def next_seq(self) -> int:
+        """Number of the next entry; grows with each."""
+        return self._seq
+
     def append(self, event: Event) -> Entry:
         """The event as an entry; on disk after the next `commit`."""
         with self._buffer_lock:
             # A clock that jumps back must not make a later event look earlier.
             self._last_time = max(self._last_time, round(self._clock(), 4))
             entry = Entry(seq=self._seq, fence=self._fence, time=self._last_time, event=event)
+            # A Ctrl-C may come between any two lines: what has a number must be in the buffer.
+            line = _line(entry)
+            self._buffer.append(line)
             self._seq += 1
-            self._buffer.append(_line(entry))
         return entry
 
     def commit(self) -> None:
@@ -102,7 +109,7 @@ class Journal:
         """
         with self._file_lock:
             with self._buffer_lock:
-                lines, self._buffer = self._buffer, []
+                lines = self._buffer[:]
             if not lines:
                 return
             good_bytes = self._file.tell()
@@ -111,16 +118,18 @@ class Journal:
                 while left:
                     left = left[self._file.write(left) :]
                 os.fsync(self._file.fileno())
-            except OSError as error:
                 with self._buffer_lock:
-                    self._buffer[:0] = lines
+                    del self._buffer[: len(lines)]
+            except BaseException as error:
                 # A line half written must be the last; after more lines it would be damage.
                 self._file.seek(good_bytes)
                 self._file.truncate()
-                raise JournalError(
-                    f"the journal {self._file.name} cannot be written: {error.strerror}",
-                    hint="make room, then hpsearch launch --resume",
-                ) from None
+                if isinstance(error, OSError):
+                    raise JournalError(
+                        f"the journal {self._file.name} cannot be written: {error.strerror}",
+                        hint="make room, then hpsearch launch --resume",
+                    ) from None
+                raise
 
     def close(self) -> None:
         """Commit, and let another writer in."""

@@ -72,6 +72,7 @@ class StudyState:
     selected: Selected | None = None
     compared: Compared | None = None
     ended: Ended | None = None
+    budget_spent: str = ""  # the limit that ended the search, "" where none did
     _metric: str = "val_loss"
     _sign: float = 1.0
     _max_epochs: int = 0
@@ -151,7 +152,8 @@ class StudyState:
                 self.began[stage] = time
                 self.ended_stages.discard(stage)
                 self._mark_search()
-            case StageEnded(stage=stage):
+            case StageEnded(stage=stage, reason=reason):
+                self.budget_spent = reason or self.budget_spent
                 self.stage_s[stage] = self.stage_s.get(stage, 0.0) + time - self.began.get(stage, time)
                 self.ended_stages.add(stage)
                 self._mark_search()
@@ -209,6 +211,8 @@ class StudyState:
         """The search goes on: trials get other checkpoints, so what was measured of the old ones holds no longer."""
         self.results = {k: v for k, v in self.results.items() if not k.startswith(("evaluate/", "export/"))}
         self.selected = self.compared = None
+        self.ended_stages.discard("ensemble")
+        self.began.pop("ensemble", None)
 
     def _mark_search(self) -> None:
         ended = self.search_ended

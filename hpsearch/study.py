@@ -13,11 +13,12 @@ import dataclasses
 import queue
 import threading
 import time as time_module
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from hpsearch.blobs import BlobStore
 from hpsearch.budget import Budget, Spent, exhausted
-from hpsearch.errors import HpsearchError
+from hpsearch.errors import HpsearchError, UserCodeError, internal_error
 from hpsearch.events import DataSeen, Ended, Event, Finished, Leased, Returned, StageBegan, StageEnded
 from hpsearch.job import Assignment, DataInfo, Job, Result, TrainJob
 from hpsearch.journal import Journal
@@ -29,6 +30,7 @@ from hpsearch.triage import Crash, common_crash, no_usable_trial
 FIRST_LEASE_S = 3600.0  # before any epoch was measured: compilation, first batches, downloads
 LEASE_EPOCHS = 10.0  # a lease without progress lasts this many of the slowest epoch seen, at least:
 SHORTEST_LEASE_S = 120.0
+MOST_DEATHS = 3  # of workers in one job, before the job is to blame; of one worker before it has loaded its data
 COMMIT_EVERY_S = 0.5  # leases reach the disk at least this often; results at once
 CRASHES_TO_STOP = 3  # jobs that end by the same traceback before the study is stopped
 
@@ -63,6 +65,10 @@ class Study:
         self._slowest_epoch_s = 0.0
         self._pushed: set[str] = set()  # keys whose result is being kept
         self._gone: set[str] = set()  # workers that were lost and have not come back
+        self._lives: Counter[str] = Counter()  # how often a worker of this name has arrived
+        self._arrivals: Counter[str] = Counter()  # since it last got as far as its data
+        self._deaths: Counter[str] = Counter()  # of workers, by the key of the job in their hands
+        self._unkept: Counter[str] = Counter()  # results of a worker that do not count yet
         self._crashes: list[Crash] = []
         self._began_at = clock()
         # What earlier drivers spent counts too.
@@ -70,15 +76,16 @@ class Study:
         self._epochs = sum(trial.epoch for trial in state.trials.values())
         self._failure: HpsearchError | None = None
         self._ended = False
+        self._spent = ""  # the budget that is used up
         with self._changed:
             for lease in list(state.leases.values()):
                 self._record(Returned(key=lease.key, worker=lease.worker, reason="the driver went"))
             for worker in {trial.worker for trial in state.trials.values()}:
                 for stage in self._stages:
                     stage.lost(worker)
-            for stage in self._stages:
-                if stage.name in state.ended_stages and not stage.finished():
-                    self._record(StageBegan(stage=stage.name))  # the study has grown since
+            grown = next((s for s in self._stages if s.name in state.ended_stages and not s.finished()), None)
+            if grown is not None:
+                self._record(StageBegan(stage=grown.name))
             self._advance()
         self._inbox: queue.SimpleQueue[list[tuple[str, Result]] | None] = queue.SimpleQueue()
         self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True) if background else None
@@ -89,19 +96,39 @@ class Study:
 
     # What workers call
 
-    def hello(self, worker: str, info: DataInfo) -> Assignment:
-        """A worker is there, with its data. What an earlier worker of this name held is given out again.
-
-        The answer has an `error` when its data differ from those of the first worker.
-        """
+    def arriving(self, worker: str) -> None:
+        """A worker's process has begun. What an earlier one of this name held is given out again."""
         with self._changed:
+            self._lives[worker] += 1
+            self._arrivals[worker] += 1
+            if self._arrivals[worker] > MOST_DEATHS:
+                self._fail_locked(
+                    UserCodeError(
+                        f"{worker}'s process died {MOST_DEATHS} times while it loaded the task and its data",
+                        hint="run out of memory? hpsearch launch --fleet local shows what the process says",
+                    )
+                )
+                return
+            for key in [key for key, lease in self._state.leases.items() if lease.worker == worker]:
+                self._count_death(key)
             self._let_go(worker, "its worker was restarted")
             self._gone.discard(worker)
+            self._changed.notify_all()
+
+    def hello(self, worker: str, info: DataInfo) -> Assignment:
+        """A worker has its data.
+
+        The answer has an `error` when they differ from those of the first worker.
+        """
+        with self._changed:
+            if self._ended:
+                return Assignment(ended=True)
+            self._arrivals[worker] = 0
             known = self._state.data
             if known is None:
                 self._record(DataSeen(info=dataclasses.asdict(info)))
                 self._advance()
-            elif known.fingerprint != info.fingerprint:
+            elif known.fingerprint != info.fingerprint or known.n_rows != info.n_rows:
                 rows = f"rows {info.n_rows}, the study's {known.n_rows}"
                 return Assignment(error=f"Task.data() gave {worker} other data than the first worker got ({rows})")
             self._changed.notify_all()
@@ -112,9 +139,12 @@ class Study:
         """Up to `slots` jobs; empty when `timeout_s` passed without one."""
         deadline = self._clock() + timeout_s
         with self._changed:
+            life = self._lives[worker]
             while True:
                 if self._ended:
                     return Assignment(ended=True)
+                if life != self._lives[worker]:
+                    return Assignment()  # whoever asked has died meanwhile
                 self._expire_leases()
                 self._watch_budget()
                 jobs = self._give(worker, slots)
@@ -127,6 +157,8 @@ class Study:
 
     def push(self, worker: str, results: Sequence[Result]) -> None:
         """Results of a worker's jobs. A second copy of a result is ignored."""
+        with self._changed:
+            self._unkept[worker] += len(results)
         if self._keeper is not None:
             self._inbox.put([(worker, result) for result in results])
         else:
@@ -170,6 +202,11 @@ class Study:
         """Whether nothing more will be given out."""
         return self._ended
 
+    @property
+    def n_events(self) -> int:
+        """Events recorded so far; the same number twice means that nothing has happened."""
+        return self._journal.next_seq
+
     def stop(self, reason: str) -> None:
         """Give out no more jobs. What has been pushed is kept; what is being trained is given out again on resume."""
         with self._changed:
@@ -194,6 +231,9 @@ class Study:
     def _give(self, worker: str, slots: int) -> tuple[Job, ...]:
         """Several jobs only where they are alike, as trials that begin are; the rest is for whoever comes first."""
         jobs: list[Job] = []
+        data = self._state.data
+        if data is not None and not data.resumable and self._unkept[worker]:
+            return ()  # the trial in its memory may be told to go on
         while len(jobs) < slots:
             job = self._next_job(worker)
             if job is None or (jobs and not _alike(jobs[0], job)):
@@ -240,6 +280,21 @@ class Study:
         for stage in self._stages:
             stage.lost(worker)
 
+    def _count_death(self, key: str) -> None:
+        """A process died with this job in its hands; a job that keeps killing them is not given out for ever."""
+        if key in self._pushed:
+            return
+        self._deaths[key] += 1
+        if self._deaths[key] >= MOST_DEATHS:
+            self._deaths[key] = 0
+            lease = self._state.leases[key]
+            message = (
+                f"the worker's process died {MOST_DEATHS} times in this job (out of memory, or a crash in native code)"
+            )
+            self._record(Finished(key=key, worker=lease.worker, outcome="crashed", trial=lease.trial, message=message))
+            self._progress.pop(key, None)
+            self._advance()
+
     def _return(self, key: str, reason: str) -> None:
         if key not in self._pushed:
             self._record(Returned(key=key, worker=self._state.leases[key].worker, reason=reason))
@@ -261,7 +316,8 @@ class Study:
             epochs=self._epochs,
             disk_bytes=self._blobs.n_bytes(),
         )
-        if exhausted(self._budget, spent):
+        self._spent = exhausted(self._budget, spent)
+        if self._spent:
             for stage in self._stages:
                 if isinstance(stage, Search):
                     stage.end_budget()
@@ -289,6 +345,8 @@ class Study:
                 self._take_in(batch)
             except HpsearchError as error:
                 self._fail(error)
+            except Exception as error:  # a defect of ours must end the study, not leave its workers waiting
+                self._fail(internal_error(error))
 
     def _take_in(self, batch: list[tuple[str, Result]]) -> None:
         with self._changed:
@@ -315,6 +373,8 @@ class Study:
                 self._slowest_epoch_s = max([self._slowest_epoch_s, *(row.seconds for row in result.epochs)])
                 assert isinstance(entry.event, Finished)
                 self._look_for_common_crash(entry.event)
+            for worker, _ in batch:
+                self._unkept[worker] -= 1
             self._advance()
             self._changed.notify_all()
         if self._keeper is None:
@@ -359,7 +419,7 @@ class Study:
             if self._state.data is not None and first.finished():
                 if first.name not in self._state.began:
                     self._record(StageBegan(stage=first.name))
-                self._record(StageEnded(stage=first.name))
+                self._record(StageEnded(stage=first.name, reason=self._spent if first.name == "search" else ""))
                 moved = True
 
     def _end_study(self) -> None:

@@ -6,12 +6,12 @@ call, or a Ray actor). What is left is this loop.
 
 from __future__ import annotations
 
+import contextlib
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from hpsearch.errors import ClusterError, HpsearchError, UserCodeError
+from hpsearch.errors import ClusterError, HpsearchError, UserCodeError, internal_error
 from hpsearch.job import Assignment, DataInfo, Job, Result
 
 PULL_S = 10.0  # how long one question for work may stay open
@@ -22,6 +22,7 @@ BATCH_S = 0.05  # jobs that fit into this are given and told together: a call co
 class StudyClient(Protocol):
     """The study, as a worker sees it."""
 
+    def arriving(self, worker: str) -> None: ...
     def hello(self, worker: str, info: DataInfo) -> Assignment: ...
     def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0) -> Assignment: ...
     def push(self, worker: str, results: Sequence[Result]) -> None: ...
@@ -68,8 +69,10 @@ class Worker:
     def begin(self) -> bool:
         """Load the task and its data, and announce both. False: the study refused, and knows why."""
         try:
+            self._client.arriving(self._name)
             self._executor = self._make_executor()
-            answer = self._client.hello(self._name, self._executor.describe())
+            info = self._executor.describe()
+            answer = self._client.hello(self._name, info)
         except HpsearchError as error:
             self._client.broken(self._name, error)
             return False
@@ -84,7 +87,9 @@ class Worker:
                 ),
             )
             return False
-        return True
+        if not info.resumable:  # its trials may live in this process: no other is taken before they are judged
+            self._most_at_once = 0
+        return not answer.ended
 
     def run(self) -> None:
         """Work until the study has ended or is gone."""
@@ -94,12 +99,15 @@ class Worker:
                     pass
         except ClusterError:
             return  # the study is gone; what was not pushed will be given out again
+        except HpsearchError as error:  # of the study's own, met in an answer: it ends the study with a word
+            with contextlib.suppress(ClusterError):
+                self._client.broken(self._name, error)
 
     def step(self, timeout_s: float = 0.0) -> bool:
         """Ask once, run what is given. False: the study has ended."""
         assignment = self._client.pull(self._name, self._slots, timeout_s)
         if assignment.jobs:
-            if self._last_job_s < SHORT_JOB_S and isinstance(self._client, LooksAhead):
+            if self._most_at_once and self._last_job_s < SHORT_JOB_S and isinstance(self._client, LooksAhead):
                 self._client.look_ahead(self._name, self._slots, timeout_s)
             self._run(assignment.jobs)
         return not assignment.ended
@@ -125,7 +133,7 @@ class Worker:
             raise ClusterError("the worker met an internal error") from error
         # After a crash one job at a time: the next may crash alike, and three of a kind end the study.
         self._last_job_s = float("inf") if failed else (time.perf_counter() - start) / len(jobs)
-        self._slots = max(1, min(self._most_at_once, int(BATCH_S / self._last_job_s)))
+        self._slots = max(1, min(self._most_at_once, int(BATCH_S / max(self._last_job_s, 1e-6))))
 
     def _tell_progress(self, key: str, epoch: int) -> None:
         self._client.progress(key)
@@ -137,11 +145,3 @@ class LooksAhead:
     def look_ahead(self, worker: str, slots: int, timeout_s: float) -> None:
         """Ask now; the next `pull` takes the answer."""
         raise NotImplementedError  # abstract: each client has its own way to ask
-
-
-def internal_error(error: Exception) -> HpsearchError:
-    """A defect of hpsearch itself, with the traceback that a report of it needs."""
-    text = "".join(traceback.format_exception(error))
-    return HpsearchError(
-        f"internal error: {type(error).__name__}: {error}", hint=f"please report this, with what follows\n{text}"
-    )

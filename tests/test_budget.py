@@ -24,7 +24,7 @@ def test_without_limits_nothing_is_ever_exhausted() -> None:
         (Budget(hours=2.5), "budget.hours: 2.5"),
         (Budget(gpu_hours=8, gpus_per_worker=1), "budget.gpu_hours: 8"),
         (Budget(epochs=100), "budget.epochs: 100"),
-        (Budget(disk_bytes=1000), "budget.disk: 1000"),
+        (Budget(disk_bytes=1000), "budget.disk: 9.31e-07 GiB"),
         (Budget(hours=2.5, epochs=100), "budget.hours: 2.5"),
     ],
 )

@@ -337,6 +337,18 @@ def test_what_the_users_code_prints_does_not_spoil_stdout(project: Path, capsys:
     assert "building" in captured.err
 
 
+def test_resume_command_does_not_tell_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hpsearch.cli.launch import _command_again
+
+    uri = "http://ann:S3CRET@127.0.0.1:9"
+    monkeypatch.setattr(
+        "sys.argv", ["hpsearch", "launch", "space.yaml", "--tracking-uri", uri, f"--tracking-uri={uri}"]
+    )
+    again = _command_again(Path("runs/blobs"))
+    assert "S3CRET" not in again
+    assert again.endswith("--run-dir runs/blobs --resume")
+
+
 # MLflow out of reach
 
 NOWHERE = "http://127.0.0.1:9"

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hpsearch.errors import JournalError, UsageError
 from hpsearch.events import Ended, Finished, Leased, Opened, RangeMeasured, Selected, TrialDrawn, from_json, to_json
 from hpsearch.journal import FILE_NAME, Journal, JournalTail, is_locked, read_journal
+from hpsearch.state import Entry
 
 
 def write(run_dir: Path, *events: object) -> None:
@@ -196,6 +197,21 @@ def test_full_disk_is_told_and_not_a_traceback(tmp_path: Path, monkeypatch: pyte
         assert read_journal(tmp_path) == []
     journal.close()  # there is room again, and nothing was lost
     assert [entry.event for entry in read_journal(tmp_path)] == [Ended(reason="done")]
+
+
+def test_ctrl_c_while_an_event_is_written_leaves_no_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(entry: Entry) -> bytes:
+        raise KeyboardInterrupt
+
+    journal = Journal.open(tmp_path)
+    journal.append(drawn(1)[0])
+    with monkeypatch.context() as patch:
+        patch.setattr("hpsearch.journal._line", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            journal.append(Ended(reason="done"))
+    journal.append(Ended(reason="interrupted"))
+    journal.close()
+    assert [entry.seq for entry in read_journal(tmp_path)] == [0, 1]
 
 
 def test_fields_at_their_default_are_left_out() -> None:

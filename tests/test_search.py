@@ -36,6 +36,7 @@ class Bench:
     n_complete: int = 2
     state: StudyState = field(default_factory=StudyState)
     time: float = 0.0
+    told: list[Event] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.search = Search(
@@ -56,6 +57,7 @@ class Bench:
 
     def tell(self, *events: Event) -> None:
         for event in events:
+            self.told.append(event)
             self.time += 1
             self.state.apply(event, self.time)
             self.search.apply(event)
@@ -240,21 +242,37 @@ def test_worker_lost_with_a_trial_that_cannot_pause_gives_it_to_another() -> Non
     assert (again.trial, again.from_epoch) == (0, 1)
 
 
+def test_worker_can_hold_two_trials_that_cannot_pause() -> None:
+    bench = Bench(n_trials=2, n_complete=2, rule="asha")
+    first, second = bench.take("a"), bench.take("a")
+    assert first is not None
+    assert second is not None
+    bench.finish(first, loss=0.5, worker="a", resumable=False)
+    bench.finish(second, loss=0.4, worker="a", resumable=False)
+    going_on = [bench.take("a"), bench.take("a")]
+    assert sorted(job.key for job in going_on if job is not None) == ["train/0/1-3", "train/1/1-3"]
+
+
+def test_trial_that_was_stopped_is_not_stopped_again_when_replayed() -> None:
+    bench = Bench(n_trials=2, n_complete=1)
+    for loss in (0.5, 0.9):
+        job = bench.take("a")
+        assert job is not None
+        bench.finish(job, loss=loss, worker="a", resumable=False)
+        if loss == 0.5:
+            bench.search.lost("a")
+    again = Bench(n_trials=2, n_complete=1)
+    again.tell(*bench.told)
+    assert again.search.conclude() == []
+
+
 def test_replayed_events_leave_the_same_next_job() -> None:
     bench, other = Bench(), Bench()
-    events: list[Event] = []
-    tell = bench.tell
-
-    def recording(*told: Event) -> None:
-        events.extend(told)
-        tell(*told)
-
-    bench.tell = recording  # type: ignore[method-assign]
     for loss in (3.0, 1.0, 2.0, 0.5):
         job = bench.take()
         assert job is not None
         bench.finish(job, loss)
-    other.tell(*events)
+    other.tell(*bench.told[1:])
     assert other.search.next_job("w") == bench.search.next_job("w")
 
 

@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -20,11 +21,11 @@ from hpsearch.errors import HpsearchError, JournalError, NoUsableTrial, UserCode
 from hpsearch.events import Finished, Leased, Opened, Returned
 from hpsearch.fleets import Launch
 from hpsearch.fleets.local import LocalFleet
-from hpsearch.job import DataInfo, EpochMetrics, Job, Result, TrainJob
+from hpsearch.job import Assignment, DataInfo, EpochMetrics, Job, Result, TrainJob
 from hpsearch.journal import FILE_NAME, Journal, read_journal
 from hpsearch.spec import Spec, parse_spec
 from hpsearch.state import Entry, StudyState
-from hpsearch.study import FIRST_LEASE_S, LEASE_EPOCHS, SHORTEST_LEASE_S, Study
+from hpsearch.study import FIRST_LEASE_S, LEASE_EPOCHS, MOST_DEATHS, SHORTEST_LEASE_S, Study
 from hpsearch.trial import TrialState
 from hpsearch.worker import Worker
 from tests import fakes
@@ -261,11 +262,70 @@ def test_worker_restarted_under_its_name_finds_its_job_again(make: Callable[...,
     study = make()
     study.hello("w", INFO)
     job = take(study, "w")
+    study.arriving("w")
     assert study.hello("w", INFO).error == ""
     assert take(study, "w") == job
     study.close()
     returned = [entry.event for entry in read_journal(tmp_path) if isinstance(entry.event, Returned)]
     assert [event.reason for event in returned] == ["its worker was restarted"]
+
+
+def test_job_that_keeps_killing_its_process_is_crashed_not_given_out_for_ever(make: Callable[..., Study]) -> None:
+    study = make()
+    study.hello("w", INFO)
+    job = take(study, "w")
+    for _ in range(2 * MOST_DEATHS):
+        assert take_or_same(study, job) == job
+        study.arriving("w")
+        study.hello("w", INFO)
+    trial = study.state.trials[job.trial]
+    assert trial.state is TrialState.FAILED
+    assert trial.message.startswith("the worker's process died 3 times in this job")
+
+
+def take_or_same(study: Study, job: TrainJob) -> TrainJob:
+    """The job in the worker's hands, taken again when it was returned."""
+    return job if job.key in study.state.leases else take(study, "w")
+
+
+def test_worker_that_dies_before_its_data_are_loaded_ends_the_study(make: Callable[..., Study]) -> None:
+    study = make()
+    for _ in range(MOST_DEATHS):
+        study.arriving("w")
+        assert study.failure is None
+    study.arriving("w")
+    assert study.failure is not None
+    assert "died 3 times while it loaded the task and its data" in study.failure.message
+
+
+def test_question_of_a_dead_worker_takes_no_job(make: Callable[..., Study]) -> None:
+    study = make()
+    study.hello("w", INFO)
+    while study.pull("w").jobs:
+        pass  # until all there is lies in its hands, and the next question has to wait
+    answers: list[Assignment] = []
+    asking = threading.Thread(target=lambda: answers.append(study.pull("w", timeout_s=60.0)))
+    asking.start()
+    time.sleep(0.1)
+    study.arriving("w")
+    asking.join(timeout=10)
+    assert answers == [Assignment()]
+    assert study.pull("w").jobs
+
+
+def test_defect_met_while_a_result_is_kept_ends_the_study_with_a_word(
+    make: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make(background=True)
+    study.hello("w", INFO)
+    job = take(study, "w")
+    monkeypatch.setattr(study, "_drop_replaced", lambda event: 1 / 0)
+    study.push("w", [answer(job)])
+    deadline = time.monotonic() + 10
+    while not study.ended and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert study.failure is not None
+    assert "internal error: ZeroDivisionError" in study.failure.message
 
 
 def test_several_slots_are_filled_with_different_jobs(make: Callable[..., Study]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +27,9 @@ class FakeStudy:
     calls: list[tuple[object, ...]] = field(default_factory=list)
     errors: list[HpsearchError] = field(default_factory=list)
     pushes: list[int] = field(default_factory=list)  # results in each
+
+    def arriving(self, worker: str) -> None:
+        """Told before the data are loaded; these tests look at what follows."""
 
     def hello(self, worker: str, info: DataInfo) -> Assignment:
         self.calls.append(("hello", worker, info.fingerprint))
@@ -214,11 +218,30 @@ def test_bug_of_ours_in_a_job_is_told_and_the_worker_ends() -> None:
     assert [call for call in study.calls if call[0] == "pull"] == [("pull", 1)]
 
 
-def test_checkpoint_that_is_gone_is_the_callers_to_tell() -> None:
+def test_checkpoint_that_is_gone_ends_the_study_with_its_message() -> None:
     study = FakeStudy([Assignment(jobs=(probe(1),))])
-    worker = Worker("w", study, lambda: FailingExecutor(Clock(), run=JournalError("c.safetensors cannot be read")))
-    with pytest.raises(JournalError, match="cannot be read"):
-        worker.run()
+    Worker("w", study, lambda: FailingExecutor(Clock(), run=JournalError("c.safetensors cannot be read"))).run()
+    assert [error.message for error in study.errors] == ["c.safetensors cannot be read"]
+
+
+def test_error_of_the_study_met_in_an_answer_is_told_and_not_raised() -> None:
+    class Defective(FakeStudy):
+        def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0) -> Assignment:
+            raise HpsearchError("internal error: KeyError: 'lr'")
+
+    study = Defective()
+    Worker("w", study, fakes.FakeExecutor).run()
+    assert [error.message for error in study.errors] == ["internal error: KeyError: 'lr'"]
+
+
+def test_worker_whose_trials_cannot_pause_asks_for_one_at_a_time_and_never_ahead(clock: Clock) -> None:
+    class Unpausable(TimedExecutor):
+        def describe(self) -> DataInfo:
+            return dataclasses.replace(super().describe(), resumable=False)
+
+    study = AheadStudy([Assignment(jobs=(probe(n),)) for n in (1, 2)])
+    Worker("w", study, lambda: Unpausable(clock, 0.001), most_at_once=8).run()
+    assert [call for call in study.calls if call[0] in ("pull", "look ahead")] == [("pull", 1)] * 3
 
 
 def test_next_jobs_are_asked_for_ahead_only_after_short_ones(clock: Clock) -> None:

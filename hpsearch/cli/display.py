@@ -32,6 +32,7 @@ class Display:
         self._live: Status | None = None
         self._last_line_at = clock()
         self._n_diverged = 0
+        self._n_crashed = 0
         self._n_returned = 0
 
     def __enter__(self) -> Display:
@@ -68,15 +69,16 @@ class Display:
         match entry.event:
             case StageBegan(stage=stage):
                 say(f"{STAGE_TITLES.get(stage, stage)} …")
-            case StageEnded(stage="search"):
-                say(f"search: {self._progress()}")
+            case StageEnded(stage="search", reason=reason):
+                say(f"search: {self._progress()}" + (f" (ended by {reason})" if reason else ""))
             case RangeMeasured() as measured:
                 say(_range_line(measured))
             case Finished(outcome="diverged", trial=int()) as result:
                 self._n_diverged += 1
                 self._warn(self._n_diverged, "diverged", result)
             case Finished(outcome="crashed" | "out_of_memory" as outcome) as result:
-                self._warn(1, outcome.replace("_", "-"), result)
+                self._n_crashed += 1
+                self._warn(self._n_crashed, outcome.replace("_", "-"), result)
             case Returned(key=key, reason=reason):
                 self._n_returned += 1
                 if self._n_returned <= WARNINGS_SHOWN:

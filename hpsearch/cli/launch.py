@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -22,7 +23,7 @@ from hpsearch.cli.spec_verbs import SPACE
 from hpsearch.cli.verdict_text import lr_table, verdict_text
 from hpsearch.errors import NotBuiltYet, UsageError
 from hpsearch.fleets import Fleet, Launch
-from hpsearch.journal import FILE_NAME, read_journal
+from hpsearch.journal import FILE_NAME, is_locked, read_journal
 from hpsearch.rungs import rung_epochs
 from hpsearch.spec import Spec, read_spec
 from hpsearch.state import Entry, StudyState
@@ -30,6 +31,8 @@ from hpsearch.verdict import epochs, lr_ranges, verdict
 
 if TYPE_CHECKING:
     from hpsearch.tracker import SyncReport
+
+LOCK_WAIT_S = 30.0
 
 
 @click.command("launch")
@@ -158,16 +161,17 @@ class Session:
             display.show(entries)
 
         self._tracking.start()
+        signal.signal(signal.SIGTERM, _interrupt)  # a spot node's notice is worth a Ctrl-C
         try:
             # stdout carries results only: what the user's code prints in this process is progress.
             with display, contextlib.redirect_stdout(sys.stderr):
                 fleet.run(watch)
         except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                say("interrupted; what was finished is kept." + (f" Go on: {again}" if again else ""))
             closing = _in_thread(fleet.close)
             self._tracking.close(self.state, timeout_s=5.0)
             closing.join()
-            if isinstance(error, KeyboardInterrupt):
-                say("interrupted; what was finished is kept." + (f" Go on: {again}" if again else ""))
             raise
         closing = _in_thread(fleet.close)  # Ray takes seconds to go; MLflow is told meanwhile
         tracking_began = time.monotonic()
@@ -185,6 +189,10 @@ class Session:
             stages_s={"start": self._start_s, "tracking": self._tracking_s},
             mlflow=self.mlflow,
         )
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def make_fleet(run: Launch, fleet: str, workers: int | None, address: str | None) -> Fleet:
@@ -241,11 +249,28 @@ def _check_run_dir(run_dir: Path, spec: Spec, resume: bool) -> None:
             f"{run_dir} holds this study already", hint="add --resume to go on with it, or choose another --run-dir"
         )
     check_resume(Spec.from_dump(dict(opened.spec)), spec, run_dir)
+    _wait_for_lock(run_dir)
+
+
+def _wait_for_lock(run_dir: Path) -> None:
+    """Give a killed driver's study, which can outlive it by seconds, the time to go."""
+    deadline = time.monotonic() + LOCK_WAIT_S
+    if is_locked(run_dir):
+        say(f"{run_dir} is in use; waiting for it, {LOCK_WAIT_S:.0f} s at most")
+    while is_locked(run_dir):
+        if time.monotonic() > deadline:
+            raise UsageError(
+                f"the run directory {run_dir} is in use by another launch",
+                hint="wait for it to end, or choose another --run-dir",
+            )
+        time.sleep(0.2)
 
 
 def _command_again(run_dir: Path) -> str:
     """This command line with --resume; the run directory is named, whatever the working directory's default is."""
-    arguments = [a for a in sys.argv[1:] if a != "--resume"]
+    from hpsearch.tracker.outbox import redact
+
+    arguments = [redact(a) if "://" in a else a for a in sys.argv[1:] if a != "--resume"]
     if not any(a.startswith("--run-dir") for a in arguments):
         arguments += ["--run-dir", str(run_dir)]
     return shlex.join(["hpsearch", *arguments, "--resume"])

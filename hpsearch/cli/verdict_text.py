@@ -93,6 +93,8 @@ def _notes(state: StudyState) -> list[str]:
     if diverged:
         lowest = min(float(str(t.config["lr"])) for t in diverged)
         notes.append(f"note: {len(diverged)} of {len(state.trials)} trials diverged, all with lr >= {number(lowest)}")
+    if state.budget_spent:
+        notes.append(f"note: the search was ended by {state.budget_spent}")
     return notes
 
 

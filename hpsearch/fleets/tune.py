@@ -9,10 +9,13 @@ also with workers pending.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
 import shutil
+import signal
+import socket
 import tempfile
 import threading
 import time
@@ -20,11 +23,11 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from hpsearch.errors import ClusterError, HpsearchError, UsageError
+from hpsearch.errors import ClusterError, HpsearchError, UsageError, internal_error
 from hpsearch.fleets import Launch, Watch
 from hpsearch.job import Assignment, DataInfo, Result
 from hpsearch.journal import JournalTail
-from hpsearch.worker import LooksAhead, Worker, internal_error
+from hpsearch.worker import LooksAhead, Worker
 
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -38,7 +41,8 @@ QUIET = {
 JOBS_AT_ONCE = 8  # that a worker may hold while they are shorter than a call
 LOOK_EVERY_S = 0.03  # at the journal
 PING_EVERY_S = 2.0  # whether the study's process is alive
-STOP_S = 10.0  # that a stopped study may take to keep what was pushed
+STOP_S = 60.0  # that a stopped study may take to keep what was pushed
+REACH_S = 5.0  # to see whether anything listens at an address; ray itself tries for minutes
 
 
 class TuneFleet:
@@ -91,7 +95,8 @@ class TuneFleet:
             _get(self._study.ready.remote())
             self._follow(tail, watch, earlier[-1].fence if earlier else 0)
         except KeyboardInterrupt:
-            _get(self._study.stop.remote("interrupted"), timeout_s=STOP_S)
+            with contextlib.suppress(HpsearchError):
+                _get(self._study.stop.remote("interrupted"), timeout_s=STOP_S)
             raise
         finally:
             self._ended.set()
@@ -127,7 +132,11 @@ class TuneFleet:
         else:
             options |= {"address": self._address}
         try:
+            if self._address is not None:
+                _knock(self._address)
+            sigterm = signal.getsignal(signal.SIGTERM)
             ray.init(**options)
+            signal.signal(signal.SIGTERM, sigterm)  # ray's own would end the driver without a word
         except (ConnectionError, ValueError, RuntimeError, TimeoutError, OSError) as error:
             where = f"at {self._address}" if self._address else "on this machine"
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -243,8 +252,11 @@ class StudyActor:
         if self._error is not None:
             raise self._error
 
-    def hello(self, worker: str, info: DataInfo) -> Assignment:
+    def arriving(self, worker: str) -> None:
         self.ready()
+        self._study.arriving(worker)
+
+    def hello(self, worker: str, info: DataInfo) -> Assignment:
         return self._study.hello(worker, info)
 
     def pull(self, worker: str, slots: int, timeout_s: float) -> Assignment:
@@ -283,6 +295,9 @@ class ActorClient(LooksAhead):
         self._ahead: Any = None
         self._unread: list[Any] = []  # answers to pushes, read a few later so that nobody waits for the driver
 
+    def arriving(self, worker: str) -> None:
+        _get(self._study.arriving.remote(worker))
+
     def hello(self, worker: str, info: DataInfo) -> Assignment:
         answer: Assignment = _get(self._study.hello.remote(worker, info))
         return answer
@@ -317,6 +332,13 @@ def work_for(study: str, namespace: str, launch: Launch, name: str) -> None:
 
     client = ActorClient(ray.get_actor(study, namespace))
     Worker(name, client, launch.executor, most_at_once=JOBS_AT_ONCE).run()
+
+
+def _knock(address: str) -> None:
+    """Raises OSError when nobody listens at host:port; other forms of an address are ray's to judge."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=REACH_S).close()
 
 
 def _this_node() -> Any:

@@ -45,7 +45,7 @@ class Search:
         self._sampler = sampler
         self._rule = rule
         self._again: list[int] = []  # heap: drawn trials without a lease that have to train to their target
-        self._held: dict[str, int] = {}  # worker -> trial that lives in its memory only
+        self._held: dict[str, list[int]] = {}  # worker -> trials that live in its memory only, and may go on
         self._orphans: list[int] = []  # such trials whose worker is gone; they are trained from their first epoch again
         self._waiting: list[int] = []  # numbers passed over, for want of a learning-rate range
         self._next_number = 0
@@ -69,10 +69,12 @@ class Search:
             case Leased(trial=int()):
                 self._count_lease(event)
             case Returned():
-                trial = _trial_of(event.key)
-                if trial is not None:
+                lost = _trial_of(event.key)
+                if lost is not None:
                     self._forget_lease(event.key)
-                    heapq.heappush(self._again, trial)
+                    heapq.heappush(self._again, lost)
+            case Stopped(trial=trial):  # replayed: an earlier driver has told it
+                self._to_stop = [other for other in self._to_stop if other != trial]
             case Finished(trial=int()):
                 self._forget_lease(event.key)
                 self._count_result(event)
@@ -80,9 +82,7 @@ class Search:
                 pass
 
     def lost(self, worker: str) -> None:
-        trial = self._held.pop(worker, None)
-        if trial is not None:
-            self._orphans.append(trial)
+        self._orphans += self._held.pop(worker, [])
 
     def conclude(self) -> list[Event]:
         stopped, self._to_stop = self._to_stop, []
@@ -104,7 +104,7 @@ class Search:
     def next_job(self, worker: str) -> TrainJob | None:
         if self._out_of_budget:
             return None
-        held = self._held.get(worker, self._orphans[0] if self._orphans else None)
+        held = next(iter(self._held.get(worker) or self._orphans), None)
         if held is not None:
             record = self._state.trials[held]
             return self._job(record, self._next_rung(record.epoch))
@@ -222,7 +222,9 @@ class Search:
         assert trial is not None
         if self._again and self._again[0] == trial:
             heapq.heappop(self._again)
-        self._held = {worker: held for worker, held in self._held.items() if held != trial}
+        self._held = {
+            worker: rest for worker, held in self._held.items() if (rest := [other for other in held if other != trial])
+        }
         if trial in self._orphans:
             self._orphans.remove(trial)
         if event.from_epoch:
@@ -252,7 +254,7 @@ class Search:
         elif not event.values.get("resumable", True):
             # It cannot wait at a rung for its rank to be known, so it is judged at once, and never promoted later.
             if self._rule.keeps_going(record.number, record.epoch):
-                self._held[event.worker] = record.number
+                self._held.setdefault(event.worker, []).append(record.number)
             else:
                 self._to_stop.append(record.number)
             self._rule.promote(record.number, record.epoch)

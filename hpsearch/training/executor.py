@@ -331,6 +331,10 @@ class TorchExecutor:
             output = output_of(prediction, outputs)
         metrics = output_metrics(self._task, output, target)
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if not bad and not bool(torch.isfinite(prediction).all()):
+            return Result(
+                key=job.key, outcome="diverged", message=f"predictions of the {job.split} split are not finite"
+            )
         if bad:
             return Result(key=job.key, outcome="diverged", message=f"{job.split}_{bad[0]} is {metrics[bad[0]]}")
         stem = f"predictions/{_file_name(job.key)}"
