@@ -4,7 +4,8 @@
     python benchmarks/study_cost.py --trials 100000
 
 Two fake workers in threads answer at once, so that all time is the study's. CPU time is the whole process's, the fake
-workers' answers included. Wall time has the waits for the disk in it: each result is synced before it counts.
+workers' answers included. Wall time has the waits for the disk in it: each result is synced before it counts. Measured
+twice: without checkpoints (sampling, journal, rungs and leases alone), and with a file kept for each pause of a trial.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ parameters:
 """
 
 
-def measure(n_trials: int, folder: Path) -> dict[str, float]:
+def measure(n_trials: int, folder: Path, *, checkpoints: bool) -> dict[str, float | bool]:
     """Milliseconds per trial, and what the study leaves behind."""
     spec = parse_spec(SPACE, overrides=[f"search.trials={n_trials}"])
     study = open_study(folder, spec, make_sampler=fakes.make_sampler)
-    workers = [Worker(f"worker-{i}", study, fakes.FakeExecutor) for i in range(2)]
+    workers = [Worker(f"worker-{i}", study, lambda: fakes.FakeExecutor(checkpoints=checkpoints)) for i in range(2)]
     threads = [threading.Thread(target=worker.run) for worker in workers]
     wall, cpu = time.perf_counter(), time.process_time()
     for thread in threads:
@@ -56,6 +57,7 @@ def measure(n_trials: int, folder: Path) -> dict[str, float]:
     assert study.failure is None, study.failure
     return {
         "trials": n_trials,
+        "checkpoints": checkpoints,
         "wall(ms/trial)": round(wall / n_trials * 1e3, 3),
         "cpu(ms/trial)": round(cpu / n_trials * 1e3, 3),
         "journal(bytes/trial)": round((folder / FILE_NAME).stat().st_size / n_trials),
@@ -85,15 +87,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         disk_ms = sync_ms(Path(folder))
         print(f"one append with fsync: {disk_ms:.2f} ms")
-        header = ("trials", "wall(ms/trial)", "cpu(ms/trial)", "journal(bytes/trial)", "memory/peak(MiB)")
-        print("{:>7}  {:>14}  {:>13}  {:>20}  {}".format(*header))
-        for n_trials in args.trials:
-            row = measure(n_trials, Path(folder) / f"run-{n_trials}")
-            rows.append(row)
-            print(
-                f"{n_trials:7,d}  {row['wall(ms/trial)']:14.3f}  {row['cpu(ms/trial)']:13.3f}  "
-                f"{row['journal(bytes/trial)']:20.0f}  {row['memory/peak(MiB)']:.0f}"
-            )
+        measure(10, Path(folder) / "warm-up", checkpoints=False)  # SciPy is imported with the first point
+        header = (
+            "trials",
+            "checkpoints",
+            "wall(ms/trial)",
+            "cpu(ms/trial)",
+            "journal(bytes/trial)",
+            "memory/peak(MiB)",
+        )
+        print("{:>7}  {:>11}  {:>14}  {:>13}  {:>20}  {}".format(*header))
+        for checkpoints in (False, True):
+            for n_trials in args.trials:
+                row = measure(n_trials, Path(folder) / f"run-{n_trials}-{checkpoints}", checkpoints=checkpoints)
+                rows.append(row)
+                print(
+                    f"{n_trials:7,d}  {'kept' if checkpoints else 'none':>11}  {row['wall(ms/trial)']:14.3f}  "
+                    f"{row['cpu(ms/trial)']:13.3f}  {row['journal(bytes/trial)']:20.0f}  {row['memory/peak(MiB)']:.0f}"
+                )
     what = "cost of the study per trial, two fake workers in threads"
     keep("study_cost", what, rows, packages=["numpy", "scipy"], fsync_ms=round(disk_ms, 3))
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from hpsearch.job import evaluation_key
 from hpsearch.state import StudyState
-from hpsearch.trial import TrialRecord
+from hpsearch.trial import TrialRecord, TrialState
 
 STAGE_NAMES = ("lr_range", "search", "ensemble")
 
@@ -60,10 +60,9 @@ def epochs(state: StudyState) -> dict[str, int]:
 def trial_counts(state: StudyState) -> dict[str, int]:
     """Trials by what became of them."""
     counts = state.counts()
-    return {
-        "total": len(state.trials),
-        **{name: n for name, n in counts.items() if name in ("complete", "stopped", "diverged", "failed") or n},
-    }
+    always = [TrialState.COMPLETE, TrialState.STOPPED, TrialState.DIVERGED, TrialState.FAILED]
+    others = [s for s in TrialState if s not in always and counts[s]]  # while the search goes on
+    return {"total": len(state.trials), **{str(s): counts[s] for s in [*always, *others]}}
 
 
 def lr_ranges(state: StudyState) -> list[dict[str, object]]:

@@ -35,7 +35,18 @@ def val_loss(config: dict[str, object], epoch: int) -> float:
 class FakeExecutor:
     """Answers every job from its own fields alone, as a real one must."""
 
-    def __init__(self, *, diverge_above: float = math.inf, crash: Callable[[TrainJob], str] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        diverge_above: float = math.inf,
+        crash: Callable[[TrainJob], str] | None = None,
+        checkpoints: bool = True,
+    ) -> None:
+        """
+        Args:
+            checkpoints: False: named, but no bytes are sent, so that a benchmark sees the study without the disk.
+        """
+        self._checkpoints = checkpoints
         self._diverge_above = diverge_above
         self._crash = crash
         self.ran: list[str] = []
@@ -91,7 +102,7 @@ class FakeExecutor:
             key=job.key,
             values={"checkpoint": ref, "best_checkpoint": ref, "resumable": True},
             epochs=tuple(epochs),
-            blobs={ref: job.key.encode()},
+            blobs={ref: job.key.encode()} if self._checkpoints else {},
             seconds=0.1,
         )
 

@@ -159,7 +159,6 @@ def test_damaged_journal_is_told_and_lets_the_lock_go(tmp_path: Path) -> None:
         "resources.cpus=2",
         "mlflow.alias=candidate",
         "ensemble.size=3",
-        "ensemble.enabled=false",
     ],
 )
 def test_how_much_and_where_may_change(tmp_path: Path, change: str) -> None:
@@ -240,3 +239,12 @@ def test_spec_that_only_looks_different_is_the_same_study(tmp_path: Path) -> Non
     assert study.ended
     assert not any(isinstance(job, TrainJob) for job in study.pull("w").jobs)
     study.close()
+
+
+@pytest.mark.parametrize("setting", ["ensemble.enabled=false", "early_stopping.max_epochs=5", "metric.goal=maximize"])
+def test_setting_that_changes_what_is_measured_may_not_change_on_resume(tmp_path: Path, setting: str) -> None:
+    """Without an ensemble, val has the rows that it was not ranked on before."""
+    text = "name: s\ntask: t.py:T\nparameters: {lr: {min: 0.1, max: 0.2}}\n"
+    old, new = parse_spec(text), parse_spec(text, overrides=[setting])
+    with pytest.raises(SpecError, match=setting.split("=")[0]):
+        check_resume(old, new, tmp_path)

@@ -409,12 +409,11 @@ def whole(run_dir: Path, *overrides: str) -> StudyState:
 @pytest.mark.parametrize(
     ("first", "then"),
     [
-        (["ensemble.enabled=false"], ["ensemble.enabled=true"]),
         (["ensemble.size=1"], ["ensemble.size=3"]),
         (["ensemble.size=3"], ["ensemble.size=1"]),
         (["ensemble.pool=3"], ["ensemble.pool=6"]),
     ],
-    ids=["switched on", "larger", "smaller", "more candidates"],
+    ids=["larger", "smaller", "more candidates"],
 )
 def test_resume_with_another_ensemble_gives_what_a_fresh_study_gives(
     tmp_path: Path, first: list[str], then: list[str]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import math
+import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -26,6 +30,7 @@ from hpsearch.tracker.mlflow_writer import (
     fold_write_ahead_log,
     make_client,
 )
+from hpsearch.tracker.outbox import Outbox
 from tests.mlflow_server import MlflowServer, free_port, mlflow_server
 from tests.tracked_study import START, Script, small_package, whole_study
 
@@ -278,6 +283,68 @@ def test_store_that_is_there_keeps_its_journal_mode(run_dir: Path, uri: str, tmp
         assert database.execute("PRAGMA journal_mode").fetchone() == ("delete",)
 
 
+SYNC_WHEN_TOLD = """
+import sys
+from pathlib import Path
+from hpsearch.tracker import Tracker
+from tests.tracked_study import Script
+folder, uri, name = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+tracker = Tracker(folder, tracking_uri=uri)
+tracker.prepare()
+state = Script(name, uid=name * 8).state()
+print("ready", flush=True)
+sys.stdin.readline()
+report = tracker.sync(state)
+tracker.close()
+print(report.error, report.waiting)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_make_the_same_new_store_at_once_both_succeed(tmp_path: Path) -> None:
+    processes = []
+    for name in ("ab", "cd"):
+        (tmp_path / name).mkdir()
+        command = [sys.executable, "-W", "ignore", "-c", SYNC_WHEN_TOLD, str(tmp_path / name)]
+        processes.append(
+            subprocess.Popen(
+                [*command, f"sqlite:///{tmp_path}/new.db", name],
+                cwd=Path(__file__).parents[1],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        told = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert told == ["None 0\n", "None 0\n"]
+    experiments = client_of(f"sqlite:///{tmp_path}/new.db").search_experiments()
+    assert {experiment.name for experiment in experiments} == {"Default", "ab", "cd"}
+
+
+def test_store_that_another_process_is_making_for_too_long_is_out_of_reach(
+    run_dir: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpsearch.tracker.mlflow_writer._MAKING_S", 0.2)
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    report = sync(run_dir, uri, Script().state())
+    os.close(handle)
+    assert (report.error, report.out_of_reach) == (f"another process is making {uri}", True)
+    assert sync(run_dir, uri, Script().state()).error is None
+
+
 # Registry
 
 
@@ -303,6 +370,35 @@ def test_alias_follows_the_better_ensemble_on_the_same_test_split_alone(tmp_path
     ]
     aliases = client_of(uri).get_registered_model("digits").aliases
     assert {alias: str(version) for alias, version in aliases.items()} == {"champion": "3"}
+
+
+def test_ensemble_chosen_again_at_the_same_size_is_another_run_and_version(run_dir: Path, uri: str) -> None:
+    script = whole_study()
+    first = sync(run_dir, uri, script.state())
+    script.resume().search_begins().trial(1, [0.5], first=2).search_ends()  # a raised budget
+    script.ensemble(((1, 1.0),), best=1, test_loss=0.4).ends()
+    worse = sync(run_dir, uri, script.state())
+    script.resume().ensemble(((1, 0.5), (0, 0.5)), best=1, test_loss=0.1).ends()  # another `ensemble:` section
+    better = sync(run_dir, uri, script.state())
+    assert [(report.error, report.waiting) for report in (first, worse, better)] == [(None, 0)] * 3
+    assert [(report.version, report.alias) for report in (first, worse, better)] == [
+        ("1", "champion"),
+        ("2", None),
+        ("3", "champion"),
+    ]
+    (run_dir / "outbox.jsonl").unlink()
+    again = sync(run_dir, uri, script.state())
+    assert (again.error, again.as_json()) == (None, better.as_json())
+    assert sync(run_dir, uri, script.state()).sent == 0
+    versions = client_of(uri).search_model_versions("name = 'digits'")
+    runs = client_of(uri).search_runs([str(first.experiment_id)])
+    members = {run.info.run_id: run.data.params["member.0"] for run in runs if run.info.run_name == "ensemble"}
+    assert {v.version: members[str(v.run_id)] for v in versions} == {
+        1: "trial 0, weight 0.75",
+        2: "trial 1, weight 1",
+        3: "trial 1, weight 0.5",
+    }
+    assert len(members) == 3
 
 
 def test_registered_version_has_signature_example_and_the_package(run_dir: Path, uri: str, tmp_path: Path) -> None:
@@ -393,8 +489,6 @@ def test_new_database_at_the_same_address_gets_everything_again(
     other = f"sqlite:///{tmp_path}/second.db"
     shutil.copy(empty_store, tmp_path / "second.db")
     lines = (run_dir / "outbox.jsonl").read_text()
-    from hpsearch.tracker.outbox import Outbox
-
     moved = Outbox(run_dir, other)
     mine = moved._server
     moved.close()
@@ -580,6 +674,99 @@ def test_thread_survives_a_state_that_cannot_be_read(run_dir: Path, uri: str) ->
     report = thread.close(timeout_s=60)
     assert report.error == "RuntimeError: no state today"
     assert len(warned) == 1
+
+
+def test_thread_goes_on_after_an_exception_that_nobody_foresaw(
+    run_dir: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first attempt makes a run and cannot write that down: the disk is full, for a while."""
+    whole_study().write(run_dir)
+    original = Outbox.adopt
+    failed = threading.Semaphore(0)
+    failures = [OSError(28, "No space left on device"), RuntimeError("table experiments already exists")] * 2
+
+    def adopt(self: Outbox, key: str, run_id: str) -> None:
+        if failures:
+            failed.release()
+            raise failures.pop()
+        original(self, key, run_id)
+
+    monkeypatch.setattr(Outbox, "adopt", adopt)
+    warned: list[str] = []
+    tracker = Tracker(run_dir, tracking_uri=uri, package=package_for(run_dir))
+    thread = TrackerThread(tracker, JournalFollower(run_dir), warn=warned.append, interval_s=0.01).start()
+    for _ in range(4):
+        assert failed.acquire(timeout=30)
+    report = thread.close(timeout_s=60)
+    assert (report.error, report.waiting) == (None, 0)
+    assert set(runs_of(uri, str(report.experiment_id))) == WHOLE
+    assert len(warned) == 1
+    assert warned[0].startswith(("MLflow: OSError: [Errno 28] No space", "MLflow: RuntimeError: table"))
+
+
+def test_thread_outlives_a_sync_that_raises_and_tries_once_more_when_closed(
+    run_dir: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Script().write(run_dir)
+    tracker = Tracker(run_dir, tracking_uri=uri)
+    original = tracker.sync
+    attempts = threading.Semaphore(0)
+
+    def sync(state: StudyState) -> SyncReport:
+        if not thread._stopping.is_set():
+            attempts.release()
+            raise ZeroDivisionError("at http://ann:s3cret@host/")
+        return original(state)
+
+    monkeypatch.setattr(tracker, "sync", sync)
+    warned: list[str] = []
+    thread = TrackerThread(tracker, JournalFollower(run_dir), warn=warned.append, interval_s=0.01)
+    thread.start()
+    for _ in range(3):
+        assert attempts.acquire(timeout=30)
+    report = thread.close(timeout_s=60)
+    assert (report.error, report.waiting) == (None, 0)
+    assert len(warned) == 1
+    assert warned[0].startswith("MLflow: ZeroDivisionError: at http://host/. The study goes on")
+
+
+def test_thread_looks_again_only_when_the_study_or_its_notes_have_grown(
+    run_dir: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Script()
+    script.write(run_dir)
+    tracker = Tracker(run_dir, tracking_uri=uri)
+    original = tracker.sync
+    looks: list[int] = []
+    asked: list[int] = []
+
+    def sync(state: StudyState) -> SyncReport:
+        looks.append(len(asked))
+        return original(state)
+
+    follower = JournalFollower(run_dir)
+
+    def latest() -> StudyState:
+        asked.append(1)
+        return follower()
+
+    def wait_for(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    monkeypatch.setattr(tracker, "sync", sync)
+    thread = TrackerThread(tracker, latest, warn=lambda text: None, interval_s=0.005).start()
+    wait_for(lambda: len(asked) > 20)
+    assert len(looks) == 2
+    add_note(run_dir, "the scanner was replaced")
+    wait_for(lambda: len(looks) == 3)
+    (run_dir / "journal.jsonl").unlink()
+    script.data().write(run_dir)  # longer than before, so the follower reads on where it stood
+    wait_for(lambda: len(looks) == 4)
+    report = thread.close(timeout_s=60)
+    assert (len(looks), report.error, report.waiting) == (5, None, 0)
 
 
 def test_thread_that_hangs_is_left_behind(run_dir: Path, uri: str) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpsearch.events import Compared
 from hpsearch.job import EpochMetrics
+from hpsearch.journal import read_journal
 from hpsearch.notes import Note
 from hpsearch.state import StudyState
 from hpsearch.tracker.operations import (
@@ -219,6 +222,46 @@ def test_ensemble_tells_the_study_metric_on_test_for_the_alias() -> None:
     assert (told.test_fingerprint, told.metric, told.goal, told.test_value) == ("test-split-1", "loss", "minimize", 0.3)
     assert last_values(ensemble.child)["test_loss"] == 0.3
     assert last_values(ensemble.child)["val_loss"] == 0.35
+
+
+def chosen(*, first: int = 1, gain: float = -0.02, **ensemble: object) -> dict[str, Operation]:
+    script = Script().data().search_begins().trial(0, [0.9, 0.6, 0.4]).trial(1, [1.0])
+    if first > 1:
+        script.trial(1, [1.1] * 2, first=2)  # no better, but another checkpoint
+    script.search_ends().ensemble(**ensemble)  # type: ignore[arg-type]
+    script.events.insert(-1, (script.now, Compared(n_trials=4, gain={"metric": "loss", "value": gain})))
+    return due(script.state())
+
+
+def ensemble_keys(told: dict[str, Operation]) -> tuple[str, str, str]:
+    ensemble = told["ensemble/4"]
+    assert isinstance(ensemble, LogEnsemble)
+    return ensemble.revision, ensemble.child.key, told["parent/result/4"].revision
+
+
+@pytest.mark.parametrize(
+    "changed", [{"members": ((1, 1.0),)}, {"best": 1}, {"gain": -0.03}, {"first": 2}], ids=lambda c: next(iter(c))
+)
+def test_ensemble_chosen_again_at_the_same_size_is_due_again_as_another_run(changed: dict[str, object]) -> None:
+    before, after = ensemble_keys(chosen()), ensemble_keys(chosen(**changed))  # type: ignore[arg-type]
+    assert all(a != b for a, b in zip(before, after, strict=True))
+
+
+def test_same_ensemble_measured_again_by_other_last_bits_is_not_due() -> None:
+    assert ensemble_keys(chosen(gain=-0.02)) == ensemble_keys(chosen(gain=-0.02 * (1 + 1e-9)))
+
+
+def test_revision_is_the_same_in_memory_and_read_from_the_journal(tmp_path: Path) -> None:
+    script = whole_study()
+    read = StudyState.of(read_journal(script.write(tmp_path)))
+    assert ensemble_keys(due(read)) == ensemble_keys(due(script.state()))
+
+
+def test_counts_and_plots_of_a_search_that_went_on_with_the_same_trials_are_due_again() -> None:
+    script = Script().data().search_begins().trial(0, [1.0]).search_ends()
+    told = due(script.state())["parent/search"].revision
+    script.resume().search_begins().trial(0, [0.8, 0.7], first=2).search_ends()
+    assert "parent/search" in due(script.state(), {"parent/search": told})
 
 
 def test_study_without_a_test_split_claims_none() -> None:

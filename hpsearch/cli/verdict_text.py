@@ -103,8 +103,12 @@ def _mlflow_lines(mlflow: Mapping[str, object], run_dir: str, tracking_uri: str 
         return [f"MLflow was out of reach; hpsearch sync {run_dir} sends what waits."]
     uri = str(mlflow["tracking_uri"])
     lines = [f"MLflow: {uri}, experiment {mlflow['experiment_id']}, run {mlflow['run_id']}"]
-    if not uri.startswith("http"):
+    page = f"/#/experiments/{mlflow['experiment_id']}/runs?compareRunsMode=CHART"
+    if uri.startswith("http"):
+        lines.append(f"  open it:  {uri.rstrip('/')}{page}")
+    else:
         lines.append(f"  open it:  mlflow ui --backend-store-uri {shlex.quote(uri)}")
+        lines.append(f"            then http://127.0.0.1:5000{page}")
     if mlflow.get("model"):
         where = f" --tracking-uri {shlex.quote(uri)}" if tracking_uri else ""
         name, version, alias = mlflow["model"], mlflow["version"], mlflow.get("alias")

@@ -6,11 +6,12 @@ they and the best single trial are measured on the test split, and each member i
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from hpsearch.events import Compared, Event, Finished, Selected
+from hpsearch.events import Compared, Event, Finished, Opened, Selected
 from hpsearch.intervals import Interval, better, mean_interval, paired_interval, wilson_interval
 from hpsearch.job import EvaluateJob, ExportJob, Job, Member, SplitName, evaluation_key
 from hpsearch.selection import select_greedy
@@ -49,9 +50,12 @@ class EnsembleStage:
         self._settings = settings
         self._state = state
         self._arrays = arrays
+        self._pool: list[TrialRecord] | None = None  # as of the last event that could change it
 
     def apply(self, event: Event) -> None:
-        """Nothing is kept here: the study's state has the results."""
+        """Only the pool is remembered: ranking ten thousand trials for every question would cost seconds."""
+        if isinstance(event, Opened) or (isinstance(event, Finished) and event.trial is not None):
+            self._pool = None
 
     def lost(self, worker: str) -> None:
         """No evaluation lives in a worker's memory."""
@@ -76,8 +80,11 @@ class EnsembleStage:
 
     def pool(self) -> list[TrialRecord]:
         """Candidates, best first: usable trials with the best metric."""
-        usable = sorted((t for t in self._state.trials.values() if t.usable), key=lambda t: t.sort_key)
-        return usable[: self._settings.pool if self._settings.combine else 1]
+        if self._pool is None:
+            usable = (trial for trial in self._state.trials.values() if trial.usable)
+            size = self._settings.pool if self._settings.combine else 1
+            self._pool = heapq.nsmallest(size, usable, key=lambda trial: trial.sort_key)
+        return self._pool
 
     # Jobs
 

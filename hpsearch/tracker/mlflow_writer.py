@@ -10,6 +10,7 @@ Two things can go wrong, and the caller does different things about them: `OutOf
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import math
 import os
@@ -17,6 +18,7 @@ import shutil
 import socket
 import sqlite3
 import tempfile
+import time
 import urllib.request
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -54,6 +56,7 @@ _SETTINGS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 _PROBE_S = 3.0  # a server on the same planet answers a connect within this
+_MAKING_S = 60.0  # the tables of a new SQLite store take 3 to 7 s, on a busy machine several times that
 _PAGE = 1000
 _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _SQLITE_MAGIC = b"SQLite format 3\0"
@@ -198,6 +201,41 @@ def fold_write_ahead_log(uri: str) -> None:
 
 
 @contextmanager
+def _sole_maker(uri: str) -> Iterator[None]:
+    """One process at a time opens a SQLite store, which may mean making it; other stores are not held up.
+
+    MLflow does not guard its migrations: two processes that run them at once on one new file get each other's "table
+    already exists", and can leave it so for good.
+
+    Raises:
+        OutOfReach: another process has been at it for a minute.
+    """
+    path = sqlite_path(uri)
+    handle: int | None = None
+    # The folder is locked: a lock on the file would meddle with SQLite's own, a file of locks would stay behind.
+    with contextlib.suppress(OSError):
+        handle = None if path is None else os.open(path.parent, os.O_RDONLY)
+    if handle is None:
+        yield
+        return
+    try:
+        deadline = time.monotonic() + _MAKING_S
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise OutOfReach(f"another process is making {redact(uri)}") from None
+                time.sleep(0.1)
+            except OSError:
+                break  # a network file system that locks no folders
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
 def translated(uri: str) -> Iterator[None]:
     """MLflow's errors as ours, on one line and without credentials."""
     from mlflow.exceptions import MlflowException
@@ -206,30 +244,34 @@ def translated(uri: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        message = _one_line(str(error), uri)
+        message = one_line(str(error), uri)
         code = error.error_code
         if code == "RESOURCE_DOES_NOT_EXIST":
             raise Missing(message) from None
         unreachable = code in _PASSING or "failed with exception" in message or "timed out" in message.lower()
         raise (OutOfReach if unreachable else Refused)(message) from None
     except (RequestException, OSError) as error:
-        raise OutOfReach(_one_line(str(error) or type(error).__name__, uri)) from None
+        raise OutOfReach(one_line(str(error) or type(error).__name__, uri)) from None
     except (OutOfReach, Refused, HpsearchError):
         raise
     except Exception as error:
         # What the database's driver raises under MLflow. Its OperationalError: locked, or the connection was lost.
         unreachable = type(error).__name__ in ("OperationalError", "InterfaceError")
-        message = _one_line(f"{type(error).__name__}: {error}", uri)
+        message = one_line(f"{type(error).__name__}: {error}", uri)
         raise (OutOfReach if unreachable else Refused)(message) from None
 
 
-def _one_line(message: str, uri: str) -> str:
+def one_line(message: str, uri: str) -> str:
+    """A message of someone else's, short and without the address's credentials."""
     text = " ".join(scrub(message, uri).split())
     return text if len(text) <= 300 else text[:297] + "…"
 
 
-def make_client(uri: str) -> MlflowClient:
+def make_client(uri: str, *, write_ahead_log: bool = False) -> MlflowClient:
     """A client for this address alone; for a new SQLite file it makes the tables, which takes seconds.
+
+    Args:
+        write_ahead_log: for a new SQLite file.
 
     Raises:
         OutOfReach, Refused
@@ -238,8 +280,11 @@ def make_client(uri: str) -> MlflowClient:
     probe(uri)
     from mlflow import MlflowClient
 
-    with translated(uri):
-        return MlflowClient(tracking_uri=uri)
+    with _sole_maker(uri):
+        if write_ahead_log:
+            begin_with_write_ahead_log(uri)
+        with translated(uri):
+            return MlflowClient(tracking_uri=uri)
 
 
 class MlflowWriter:
@@ -252,9 +297,7 @@ class MlflowWriter:
             OutOfReach, Refused
         """
         self.uri = uri
-        probe(uri)
-        begin_with_write_ahead_log(uri)
-        self._client = make_client(uri)
+        self._client = make_client(uri, write_ahead_log=True)
         self.experiment_id, self.experiment_is_new = self._experiment(experiment)
 
     def _experiment(self, name: str) -> tuple[str, bool]:
@@ -405,7 +448,7 @@ class MlflowWriter:
             may_exist: an earlier attempt's fate is unknown, so its version is looked for first.
         """
         model = registration.model
-        key = f"ensemble/{registration.n_trials}"
+        key = registration.key
         version = self._find_version(model, uid, key) if may_exist else None
         if version is None:
             source, model_id = self._log_model(run_id, package, registration, signature)

@@ -11,7 +11,8 @@ acknowledged that revision of that key, so the same function serves a launch tha
     lr-range           child run: learning rates worth searching, with their curves
     trial/17           child run of a trial, sent once it is final
     parent/search      plots of the search
-    ensemble/64        child run of the ensemble chosen among 64 trials, and its registered version
+    ensemble/64        child run of the ensemble chosen among 64 trials, and its registered version; one that is chosen
+                       again, after more epochs or by other settings, is another run and another version
     parent/result/64   test scores and gain
     parent/note        notes and verdict in words
     parent/status      how the study ended
@@ -31,7 +32,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from hpsearch.assembly import CHANGEABLE
-from hpsearch.events import Selected
+from hpsearch.events import Selected, to_json
 from hpsearch.job import Config, EpochMetrics
 from hpsearch.notes import Note
 from hpsearch.state import StudyState
@@ -137,9 +138,9 @@ class LogChild:
 class Registration:
     """What a registered model's version tells about the ensemble; `None`s: no test split, or not measured."""
 
+    key: str  # of the ensemble's run; a study has one version for each
     model: str
     alias: str
-    n_trials: int
     members: tuple[tuple[int, float], ...]
     test_fingerprint: str
     metric: str  # without its split
@@ -195,7 +196,9 @@ def _all(
     yield from _improvements(state, acknowledged)
     if state.search_ended:
         yield UpdateStudy(
-            key="parent/search", revision=str(len(state.trials)), content=Content(plots="search", tags=_counts(state))
+            key="parent/search",
+            revision=f"{len(state.trials)}@{state.n_epochs}",
+            content=Content(plots="search", tags=_counts(state)),
         )
     if "ensemble" in state.ended_stages and state.selected is not None:
         yield _ensemble(state, state.selected)
@@ -408,7 +411,9 @@ def _final(state: StudyState, trial: TrialRecord) -> list[Point]:
 
 
 def _ensemble(state: StudyState, selected: Selected) -> LogEnsemble:
+    choice = _choice(state, selected)
     key = f"ensemble/{selected.n_trials}"
+    run_key = f"{key}/{choice}"  # a run of its own: params cannot be changed, and a registered version names its run
     end = state.began.get("ensemble", state.opened_at) + state.stage_s.get("ensemble", 0.0)
     params = {f"member.{i}": f"trial {trial}, weight {weight:g}" for i, (trial, weight) in enumerate(selected.members)}
     params |= {"size": str(len(selected.members)), "best_single": str(selected.best)}
@@ -422,24 +427,24 @@ def _ensemble(state: StudyState, selected: Selected) -> LogEnsemble:
     test = _fingerprint_if_used(state, selected)
     description = f"Ensemble of {len(selected.members)} from {selected.n_trials} trials of the study {state.name}."
     child = LogChild(
-        key=key,
-        revision="1",
+        key=run_key,
+        revision=choice,
         name="ensemble",
         start_ms=_ms(state.began.get("ensemble", state.opened_at)),
         end_ms=_ms(end),
         status="FINISHED",
         content=Content(
             params=params,
-            tags=_child_tags(state, key) | ({"hpsearch.tested_on": test} if test else {}),
+            tags=_child_tags(state, run_key) | ({"hpsearch.tested_on": test} if test else {}),
             points=tuple(points),
             plots="ensemble",
         ),
     )
     spec_mlflow = _mapping(state.opened.spec.get("mlflow") if state.opened else None)
     registration = Registration(
+        key=run_key,
         model=str(spec_mlflow.get("registered_model") or state.name),
         alias=str(spec_mlflow.get("alias") or "champion"),
-        n_trials=selected.n_trials,
         members=selected.members,
         test_fingerprint=test,
         metric=metric,
@@ -447,7 +452,30 @@ def _ensemble(state: StudyState, selected: Selected) -> LogEnsemble:
         test_value=value,
         description=description,
     )
-    return LogEnsemble(key=key, revision="1", child=child, registration=registration)
+    return LogEnsemble(key=key, revision=choice, child=child, registration=registration)
+
+
+def _choice(state: StudyState, selected: Selected) -> str:
+    """A digest that changes when another ensemble was chosen, or the same one of trials that had trained further.
+
+    To 6 digits: a study that grew measures its ensemble again, and a GPU's last bits make no other ensemble.
+    """
+    compared = state.compared
+    trials = [number for number, _ in selected.members] + [selected.best]
+    told = {
+        "selected": to_json(selected),
+        "compared": to_json(compared) if compared is not None and compared.n_trials == selected.n_trials else None,
+        "checkpoints": [state.trials[number].best_checkpoint for number in trials],
+    }
+    return _digest(json.dumps(_to_6_digits(told), sort_keys=True))[:8]
+
+
+def _to_6_digits(value: object) -> object:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {str(k): _to_6_digits(v) for k, v in value.items()}
+    return [_to_6_digits(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _result(state: StudyState, selected: Selected) -> UpdateStudy:
@@ -466,7 +494,9 @@ def _result(state: StudyState, selected: Selected) -> UpdateStudy:
     test = _fingerprint_if_used(state, selected)
     tags = {"hpsearch.best_trial": str(selected.best)} | ({TAG_TEST: test} if test else {})
     return UpdateStudy(
-        key=f"parent/result/{selected.n_trials}", revision="1", content=Content(points=tuple(points), tags=tags)
+        key=f"parent/result/{selected.n_trials}",
+        revision=_choice(state, selected),
+        content=Content(points=tuple(points), tags=tags),
     )
 
 

@@ -149,8 +149,10 @@ class Outbox:
 
     def close(self) -> None:
         """Let another process send."""
-        self._file.close()
-        self._lock.close()
+        try:
+            self._file.close()
+        finally:  # also when the disk is full
+            self._lock.close()
 
     def _append(self, line: dict[str, object]) -> None:
         body = {"server": self._server, **line}

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from hpsearch.errors import HpsearchError, JournalError, TrackerError
 from hpsearch.journal import JournalTail
+from hpsearch.notes import FILE_NAME as NOTES_FILE
 from hpsearch.notes import Note, read_notes
 from hpsearch.state import StudyState
 from hpsearch.tracker.mlflow_writer import (
@@ -26,6 +27,7 @@ from hpsearch.tracker.mlflow_writer import (
     Refused,
     Signature,
     load_mlflow,
+    one_line,
     resolve_uri,
 )
 from hpsearch.tracker.operations import (
@@ -142,7 +144,14 @@ class Tracker:
             error = str(problem)
         except HpsearchError as problem:
             error = problem.message
+        except Exception as problem:  # a full disk, a fault of MLflow's: what it left behind is asked next time
+            error, out_of_reach = self.explain(problem), True
+            self._unsure, self._writer = True, None
         return self._report(state, sent=sent, error=error, out_of_reach=out_of_reach, running=running)
+
+    def explain(self, problem: Exception) -> str:
+        """What was not expected, in one line without credentials."""
+        return one_line(f"{type(problem).__name__}: {problem}", self._uri or self.given_uri or "")
 
     def close(self) -> None:
         """Let another process send this study."""
@@ -286,7 +295,7 @@ class Tracker:
 
     def _ensemble(self, outbox: Outbox, writer: MlflowWriter, operation: LogEnsemble, state: StudyState | None) -> None:
         assert state is not None
-        known = operation.key in outbox.runs
+        known = operation.child.key in outbox.runs
         run_id = self._child(outbox, writer, operation.child, state)
         more: dict[str, str] = {}
         try:
@@ -307,7 +316,7 @@ class Tracker:
             more = {"model": registered.model, "version": registered.version, "why": registered.decision.why}
             if registered.decision.moves:
                 more["alias"] = operation.registration.alias
-        outbox.acknowledge(operation.key, operation.revision, run_id=run_id, more=more)
+        outbox.acknowledge(operation.key, operation.revision, more=more)
 
     def _draw(self, writer: MlflowWriter, run_id: str, topic: Topic | None, state: StudyState | None) -> None:
         if topic is None or self._plots is None or state is None:
@@ -329,14 +338,14 @@ class Tracker:
         if outbox is None:
             waiting = sum(1 for _ in due_operations(state, {}, running=running))
             return SyncReport(tracking_uri=shown, waiting=waiting, error=error, out_of_reach=out_of_reach)
-        waiting = sum(
-            1 for _ in due_operations(state, dict(outbox.revisions), notes=_notes(self.run_dir), running=running)
-        )
+        waiting = 0
+        if sent or error is not None or self._refused:  # else nothing was found due a moment ago
+            due = due_operations(state, dict(outbox.revisions), notes=_notes(self.run_dir), running=running)
+            waiting = sum(1 for _ in due)
         if error is None and waiting and self._refused:
             key, (_, reason) = next(iter(self._refused.items()))
             error = f"MLflow refused {len(self._refused)} of the entries; {key}: {reason}"
-        ensembles = [key for key in outbox.revisions if key.startswith("ensemble/")]
-        more = outbox.more(ensembles[-1]) if ensembles else {}
+        more = outbox.more(_told_ensemble(state, outbox))
         return SyncReport(
             tracking_uri=shown,
             sent=sent,
@@ -434,28 +443,45 @@ class TrackerThread:
         return self._report
 
     def _run(self) -> None:
-        pause_s = self._interval_s
         try:
-            self._tracker.prepare()
-            self._report = self._tracker.sync(self._latest())  # makes the database, while the workers start
+            self._report = self._attempt(self._latest())  # makes the database, while the workers start
             # Not before: a slow import would keep the interpreter from the thread that starts them.
             _step_back()
-            while True:
-                last = self._stopping.is_set()
-                self._report = self._tracker.sync(self._latest())
-                if self._report.error is not None:
-                    self._tell(self._report.error)
-                if last:
-                    return
-                behind = self._report.error is not None
-                pause_s = min(self._max_pause_s, 2 * pause_s) if behind else self._interval_s
-                self._stopping.wait(pause_s)
+            self._follow()
         except JournalError as problem:
             self._fail(problem.message)
-        except Exception as problem:  # whatever it is, the search goes on
-            self._fail(f"{type(problem).__name__}: {problem}")
+        except Exception as problem:  # the study cannot be read, so nothing is left to send; the search goes on
+            self._fail(self._tracker.explain(problem))
         finally:
-            self._tracker.close()
+            with contextlib.suppress(Exception):  # the store may be gone; nothing is owed to it any more
+                self._tracker.close()
+
+    def _follow(self) -> None:
+        pause_s = self._interval_s
+        seen: object = None
+        while True:
+            last = self._stopping.is_set()
+            state = self._latest()
+            found = _mark(self._tracker.run_dir, state)
+            # A look at 10,000 trials takes 12 ms from the workers of this machine, so it is asked for a reason.
+            if last or self._report.error is not None or found != seen:
+                self._report = self._attempt(state)
+                seen = found
+            if self._report.error is not None:
+                self._tell(self._report.error)
+            if last:
+                return
+            behind = self._report.error is not None
+            pause_s = min(self._max_pause_s, 2 * pause_s) if behind else self._interval_s
+            self._stopping.wait(pause_s)
+
+    def _attempt(self, state: StudyState) -> SyncReport:
+        """What nobody foresaw counts as an outage: most of it passes, and the study has hours to go."""
+        try:
+            self._tracker.prepare()
+            return self._tracker.sync(state)
+        except Exception as problem:
+            return replace(self._report, sent=0, error=self._tracker.explain(problem), out_of_reach=True)
 
     def _fail(self, error: str) -> None:
         self._report = replace(self._report, error=error)
@@ -473,6 +499,22 @@ def _catch_up(tracker: Tracker) -> str:
     """The command that sends the rest, to the same server; its credentials are for the user to fill in."""
     command = f"hpsearch sync {shlex.quote(str(tracker.run_dir))}"
     return f"{command} --tracking-uri {shlex.quote(redact(tracker.given_uri))}" if tracker.given_uri else command
+
+
+def _mark(run_dir: Path, state: StudyState) -> object:
+    """Differs when there may be something new to tell. Events of one instant are told apart by what they count up."""
+    counts = (len(state.resumed_at), len(state.trials), len(state.results), len(state.ended_stages), state.n_epochs)
+    notes = None
+    with contextlib.suppress(OSError):
+        notes = (run_dir / NOTES_FILE).stat().st_size  # it only grows
+    return state.last_at, counts, len(state.leases), state.ended, notes
+
+
+def _told_ensemble(state: StudyState, outbox: Outbox) -> str:
+    """Key of the ensemble that MLflow has: the one in force, else the one told last, else ""."""
+    current = f"ensemble/{state.selected.n_trials}" if state.selected is not None else ""
+    told = [key for key in outbox.revisions if key.startswith("ensemble/")]
+    return current if current in told else told[-1] if told else ""
 
 
 def _step_back() -> None:
