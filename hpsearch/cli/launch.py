@@ -18,7 +18,7 @@ from hpsearch.assembly import STAGES, check_resume
 from hpsearch.cli.adapters import make_executor, make_sampler
 from hpsearch.cli.display import Display
 from hpsearch.cli.environment import environment
-from hpsearch.cli.output import json_option, print_json, say
+from hpsearch.cli.output import json_option, print_json, say, tool
 from hpsearch.cli.spec_verbs import SPACE
 from hpsearch.cli.verdict_text import lr_table, verdict_text
 from hpsearch.errors import NotBuiltYet, UsageError
@@ -273,7 +273,7 @@ def _command_again(run_dir: Path) -> str:
     arguments = [redact(a) if "://" in a else a for a in sys.argv[1:] if a != "--resume"]
     if not any(a.startswith("--run-dir") for a in arguments):
         arguments += ["--run-dir", str(run_dir)]
-    return shlex.join(["hpsearch", *arguments, "--resume"])
+    return shlex.join([tool("hpsearch"), *arguments, "--resume"])
 
 
 def _fresh(path: Path) -> Path:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import click
 
@@ -64,6 +66,20 @@ def interval(value: object, bounds: object) -> str:
     if not isinstance(bounds, Mapping) or bounds.get("low") is None:
         return number(value)
     return f"{number(value)} [{number(bounds['low'])}, {number(bounds['high'])}]"
+
+
+def tool(name: str) -> str:
+    """How to call a program of this installation from here: by its name where PATH finds it, else by its path.
+
+    After ./scripts/demo that is `.venv/bin/hpsearch`, and a command that is printed should work when it is pasted.
+    """
+    beside = Path(sys.executable).parent / name
+    if not beside.exists() or shutil.which(name) == str(beside):
+        return name
+    try:
+        return str(beside.relative_to(Path.cwd()))
+    except ValueError:
+        return str(beside)
 
 
 def is_terminal() -> bool:

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from hpsearch.cli.output import interval, number, table
+from hpsearch.cli.output import interval, number, table, tool
 from hpsearch.cli.run_verbs import counts_line
 from hpsearch.state import StudyState
 
@@ -100,21 +100,21 @@ def _notes(state: StudyState) -> list[str]:
 
 def _mlflow_lines(mlflow: Mapping[str, object], run_dir: str, tracking_uri: str | None) -> list[str]:
     if not mlflow.get("run_id"):
-        return [f"MLflow was out of reach; hpsearch sync {run_dir} sends what waits."]
+        return [f"MLflow was out of reach; {tool('hpsearch')} sync {run_dir} sends what waits."]
     uri = str(mlflow["tracking_uri"])
     lines = [f"MLflow: {uri}, experiment {mlflow['experiment_id']}, run {mlflow['run_id']}"]
     page = f"/#/experiments/{mlflow['experiment_id']}/runs?compareRunsMode=CHART"
     if uri.startswith("http"):
         lines.append(f"  open it:  {uri.rstrip('/')}{page}")
     else:
-        lines.append(f"  open it:  mlflow ui --backend-store-uri {shlex.quote(uri)}")
+        lines.append(f"  open it:  {tool('mlflow')} ui --backend-store-uri {shlex.quote(uri)}")
         lines.append(f"            then http://127.0.0.1:5000{page}")
     if mlflow.get("model"):
         where = f" --tracking-uri {shlex.quote(uri)}" if tracking_uri else ""
         name, version, alias = mlflow["model"], mlflow["version"], mlflow.get("alias")
         select = f"--alias {alias}" if alias else f"--version {version}"
         lines.append(f"  model {name}, version {version}" + (f", alias {alias}" if alias else ""))
-        lines.append(f"  get it:   hpsearch pull {shlex.quote(str(name))} {select} --out {name}-model{where}")
+        lines.append(f"  get it:   {tool('hpsearch')} pull {shlex.quote(str(name))} {select} --out {name}-model{where}")
     return lines
 
 
