@@ -94,7 +94,7 @@ def _read_file(path: Path) -> Document:
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         near = get_close_matches(path.name, siblings, 1)
-        hint = f"did you mean {path.parent / near[0]}?" if near else "hpsearch init writes a working one to start from"
+        hint = f"did you mean {path.parent / near[0]}?" if near else "the README has one to start from"
         what = "is a directory, not a file" if path.is_dir() else "no such file"
         problem = Problem(code="no-file", where=name, what=what, hint="" if path.is_dir() else hint)
         return Document(name=name, value=None, problems=(problem,))

@@ -176,6 +176,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+LOWER_IS_BETTER = frozenset({"loss", "nll", "error", "mse", "mae", "rmse", "brier", "perplexity"})
+HIGHER_IS_BETTER = frozenset({"accuracy", "acc", "f1", "auc", "precision", "recall", "r2", "iou", "dice", "top5"})
+
+
 class Metric(Section):
     """What trials are ranked by."""
 
@@ -183,7 +187,24 @@ class Metric(Section):
         default="val_loss",
         description="a metric of the validation split: val_loss, val_accuracy, or one of the task's own",
     )
-    goal: Literal["minimize", "maximize"] = Field(default="minimize", description="whether lower or higher is better")
+    goal: Literal["minimize", "maximize"] = Field(
+        default="minimize",
+        description="whether lower or higher is better; needed where the name does not tell",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _goal_follows_the_name(cls, raw: Any) -> Any:
+        """A goal that nobody wrote is never guessed wrongly in silence: the worst trial would win."""
+        if not isinstance(raw, dict) or "goal" in raw or not isinstance(raw.get("name"), str):
+            return raw
+        words = raw["name"].removeprefix("val_").split("_")
+        if LOWER_IS_BETTER.intersection(words):
+            return {**raw, "goal": "minimize"}
+        if HIGHER_IS_BETTER.intersection(words):
+            return {**raw, "goal": "maximize"}
+        hint = f"write metric: {{name: {raw['name']}, goal: maximize}}, or minimize"
+        raise _slip("goal", f"`{{key}}.goal` is needed, since `{raw['name']}` does not tell what is better", hint)
 
 
 class Search(Section):

@@ -40,7 +40,7 @@ def check_document(document: Document) -> tuple[Spec | None, list[tuple[Place, P
     if not isinstance(raw, dict):
         if not found:
             code, what = ("empty", "the file is empty") if raw is None else ("type", "the file is not a mapping")
-            hint = "hpsearch init writes a working one to start from" if raw is None else "it starts with name: …"
+            hint = "the README has one to start from" if raw is None else "it starts with name: …"
             place = Place(line=1, column=1)
             found.append((place, Problem(code=code, where=document.where(place), what=what, hint=hint)))
         return None, found

@@ -72,6 +72,7 @@ class StudyState:
     selected: Selected | None = None
     compared: Compared | None = None
     ended: Ended | None = None
+    n_entries: int = field(default=0, compare=False)  # of the journal that `of` was given
     budget_spent: str = ""  # the limit that ended the search, "" where none did
     _metric: str = "val_loss"
     _sign: float = 1.0
@@ -83,6 +84,7 @@ class StudyState:
         state = cls()
         for entry in entries:
             state.apply(entry.event, entry.time)
+            state.n_entries = entry.seq + 1
         return state
 
     # What it means
@@ -201,11 +203,19 @@ class StudyState:
                 self.stage_s[stage] = self.stage_s.get(stage, 0.0) + last_at - self.began.pop(stage)
             if self.opened.spec.get("ensemble") != spec.get("ensemble"):
                 self.selected = self.compared = None  # chosen by other settings
+        if self.ended is not None and self.ended.reason == "failed":
+            self._forgive()
         self.opened = event
         self.resumed_at.append(time)
         self.ended = None
         for trial in self.trials.values():
             trial.max_epochs = self._max_epochs
+
+    def _forgive(self) -> None:
+        """The task was at fault and has been mended, or nobody would go on: what crashed may be tried again."""
+        self.results = {key: result for key, result in self.results.items() if result.outcome != "crashed"}
+        for trial in self.trials.values():
+            trial.crashes = 0 if not trial.failed else trial.crashes
 
     def _forget_ensemble(self) -> None:
         """The search goes on: trials get other checkpoints, so what was measured of the old ones holds no longer."""

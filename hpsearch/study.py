@@ -129,8 +129,9 @@ class Study:
                 self._record(DataSeen(info=dataclasses.asdict(info)))
                 self._advance()
             elif known.fingerprint != info.fingerprint or known.n_rows != info.n_rows:
-                rows = f"rows {info.n_rows}, the study's {known.n_rows}"
-                return Assignment(error=f"Task.data() gave {worker} other data than the first worker got ({rows})")
+                rows = "" if info.n_rows == known.n_rows else f" (rows {info.n_rows}, the study's {known.n_rows})"
+                first = "the first worker got" if len(self._state.resumed_at) == 1 else "this study began with"
+                return Assignment(error=f"Task.data() gave {worker} other data than {first}{rows}")
             self._changed.notify_all()
         self._commit_now()
         return Assignment()

@@ -83,7 +83,8 @@ class Worker:
             self._client.broken(
                 self._name,
                 UserCodeError(
-                    answer.error, hint="seed every random choice in Task.data(): all workers must see the same split"
+                    answer.error,
+                    hint="seed every random choice in Task.data(); data changed on purpose need a new --run-dir",
                 ),
             )
             return False

@@ -201,7 +201,7 @@ def read_document(data: bytes | str, *, name: str) -> Document:
         loader = _Loader(text)
         node = loader.single_node()
         if node is None:
-            return _unreadable(name, "empty", "the file is empty", "hpsearch init writes a working one to start from")
+            return _unreadable(name, "empty", "the file is empty", "the README has one to start from")
         reading = _Reading(name)
         value = reading.value_of(node, ())
     except ReaderError as error:

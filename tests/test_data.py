@@ -667,7 +667,7 @@ BINARY = 'one logit for yes or no needs outputs = "binary_logits"; numbers to pr
             NUMBERS,
             "values",
             "the model's output is (4, 1) and the targets are (4,), which would broadcast | "
-            "squeeze the output: output.squeeze(-1)",
+            "squeeze the output: output.squeeze(-1), or give targets of its shape: y.reshape(-1, 1)",
         ),
         (
             (4,),

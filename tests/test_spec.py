@@ -573,11 +573,11 @@ def test_study_name_is_fit_for_a_directory(name: str) -> None:
     [
         (
             "",
-            "error[empty]: space.yaml:1:1: the file is empty\n  hint: hpsearch init writes a working one to start from",
+            "error[empty]: space.yaml:1:1: the file is empty\n  hint: the README has one to start from",
         ),
         (
             "~",
-            "error[empty]: space.yaml:1:1: the file is empty\n  hint: hpsearch init writes a working one to start from",
+            "error[empty]: space.yaml:1:1: the file is empty\n  hint: the README has one to start from",
         ),
         ("- 1\n", "error[type]: space.yaml:1:1: the file is not a mapping\n  hint: it starts with name: …"),
         ("hello", "error[type]: space.yaml:1:1: the file is not a mapping\n  hint: it starts with name: …"),
@@ -833,3 +833,24 @@ def test_reading_a_file_needs_neither_numpy_nor_any_of_the_large_libraries() -> 
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("metric", "goal"),
+    [
+        ("{name: val_accuracy}", "maximize"),
+        ("{name: val_balanced_accuracy}", "maximize"),
+        ("{name: val_mae}", "minimize"),
+        ("{name: val_accuracy, goal: minimize}", "minimize"),
+        ("{}", "minimize"),
+    ],
+)
+def test_goal_follows_the_metrics_name_unless_it_is_written(metric: str, goal: str) -> None:
+    assert parse_spec(SMALL + f"metric: {metric}\n").metric.goal == goal
+
+
+def test_goal_of_a_metric_whose_name_does_not_tell_must_be_written() -> None:
+    assert problems(SMALL + "metric: {name: val_score}\n") == [
+        "error[goal]: space.yaml:5:1: `metric.goal` is needed, since `val_score` does not tell what is better\n"
+        "  hint: write metric: {name: val_score, goal: maximize}, or minimize"
+    ]

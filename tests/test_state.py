@@ -122,3 +122,13 @@ def test_time_between_two_drivers_counts_for_no_stage() -> None:
     assert state.stage_s["search"] == 6.0
     assert state.worked_s == 5.0
     assert state.ended is None
+
+
+def test_crashes_are_forgiven_when_a_study_that_a_bug_stopped_is_resumed() -> None:
+    crash = finished(0, 0, 3, outcome="crashed")
+    ramp = Finished(key="ramp/all/0", worker="w", outcome="crashed", message="ValueError: bad")
+    stopped = [drawn(0), leased(0, 0, 3), crash, ramp, Ended(reason="failed")]
+    assert state_after(*stopped).trials[0].crashes == 1
+    resumed = state_after(*stopped, OPENED)
+    assert resumed.trials[0].crashes == 0
+    assert "ramp/all/0" not in resumed.results

@@ -374,7 +374,7 @@ def test_worker_with_other_data_stops_the_study_and_never_gets_a_job(make: Calla
     assert refused.ran == []
     assert isinstance(study.failure, UserCodeError)
     assert "Task.data() gave b other data" in study.failure.message
-    assert study.failure.hint == "seed every random choice in Task.data(): all workers must see the same split"
+    assert study.failure.hint == "seed every random choice in Task.data(); data changed on purpose need a new --run-dir"
 
 
 def test_data_that_changed_between_two_drivers_are_refused(make: Callable[..., Study], tmp_path: Path) -> None:
@@ -399,7 +399,8 @@ def test_same_crash_of_three_trials_stops_the_study(make: Callable[..., Study], 
     assert isinstance(study.failure, UserCodeError)
     assert str(study.failure) == (
         "error[task]: t.py:3 in model: ValueError: 3\n"
-        "  hint: the same error ended 3 jobs, so the study was stopped; mend the task, then launch again with --resume"
+        "  hint: the same error ended 3 jobs, so the study was stopped; mend the task, then launch again with --resume "
+        "(after a change of data() or of space.yaml: with a new --run-dir)"
     )
     assert study.pull("w").ended
     study.close()

@@ -196,7 +196,7 @@ def test_refused_worker_says_why_and_asks_for_nothing() -> None:
     Worker("w", study, fakes.FakeExecutor).run()
     assert [str(error) for error in study.errors] == [
         "error[task]: Task.data() gave w other data\n"
-        "  hint: seed every random choice in Task.data(): all workers must see the same split"
+        "  hint: seed every random choice in Task.data(); data changed on purpose need a new --run-dir"
     ]
     assert study.calls == [("hello", "w", "fake")]
 

@@ -76,11 +76,11 @@ def test_places_count_from_one_and_point_at_keys_of_mappings_and_at_scalar_value
     [
         (
             b"",
-            "error[empty]: space.yaml:1:1: the file is empty\n  hint: hpsearch init writes a working one to start from",
+            "error[empty]: space.yaml:1:1: the file is empty\n  hint: the README has one to start from",
         ),
         (
             b"# only a comment\n",
-            "error[empty]: space.yaml:1:1: the file is empty\n  hint: hpsearch init writes a working one to start from",
+            "error[empty]: space.yaml:1:1: the file is empty\n  hint: the README has one to start from",
         ),
         (
             b"a: 1\na: 2\n",

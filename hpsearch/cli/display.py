@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from hpsearch.cli.output import is_terminal, number, say
-from hpsearch.events import Finished, RangeMeasured, Returned, StageBegan, StageEnded
+from hpsearch.events import DataSeen, Finished, RangeMeasured, Returned, StageBegan, StageEnded
 from hpsearch.state import Entry, StudyState
 from hpsearch.trial import TrialState
 
@@ -67,6 +67,8 @@ class Display:
 
     def _tell(self, entry: Entry) -> None:
         match entry.event:
+            case DataSeen():
+                say(self._rows())
             case StageBegan(stage=stage):
                 say(f"{STAGE_TITLES.get(stage, stage)} …")
             case StageEnded(stage="search", reason=reason):
@@ -85,6 +87,14 @@ class Display:
                     say(f"note: {key} is given out again: {reason}")
             case _:
                 pass
+
+    def _rows(self) -> str:
+        """`rows: train 897, val 225, ensemble 225 (cut from val), test 450`"""
+        assert self._state.data is not None
+        rows = dict(self._state.data.n_rows)
+        cut = rows.get("ensemble")
+        told = [f"{name} {n:,}" + (" (cut from val)" if name == "ensemble" and cut else "") for name, n in rows.items()]
+        return f"rows: {', '.join(told)}"
 
     def _warn(self, nth: int, code: str, result: Finished) -> None:
         if nth > WARNINGS_SHOWN:

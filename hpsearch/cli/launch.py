@@ -19,6 +19,7 @@ from hpsearch.cli.adapters import make_executor, make_sampler
 from hpsearch.cli.display import Display
 from hpsearch.cli.environment import environment
 from hpsearch.cli.output import json_option, print_json, say, tool
+from hpsearch.cli.run_verbs import counts_line
 from hpsearch.cli.spec_verbs import SPACE
 from hpsearch.cli.verdict_text import lr_table, verdict_text
 from hpsearch.errors import NotBuiltYet, UsageError
@@ -153,12 +154,19 @@ class Session:
         """
         display = Display(self.state)
 
+        earlier = _earlier(self._run.run_dir)
+        if earlier.done:
+            say(f"{self._run.run_dir} holds this study, done; it goes on where there is more to do")
+        elif earlier.trials:
+            say(f"resuming {self._run.run_dir}: {counts_line(earlier)}")
+
         def watch(entries: Sequence[Entry]) -> None:
+            new = [entry for entry in entries if entry.seq >= earlier.n_entries]
             for entry in entries:
                 self.state.apply(entry.event, entry.time)
-                if not self._start_s and entry.event.type == "stage-began":
-                    self._start_s = self.wall_s
-            display.show(entries)
+            if not self._start_s and any(entry.event.type in ("stage-began", "ended") for entry in new):
+                self._start_s = self.wall_s
+            display.show(new)
 
         self._tracking.start()
         signal.signal(signal.SIGTERM, _interrupt)  # a spot node's notice is worth a Ctrl-C
@@ -189,6 +197,11 @@ class Session:
             stages_s={"start": self._start_s, "tracking": self._tracking_s},
             mlflow=self.mlflow,
         )
+
+
+def _earlier(run_dir: Path) -> StudyState:
+    """The study as earlier drivers left it; empty where there is none."""
+    return StudyState.of(read_journal(run_dir)) if (run_dir / FILE_NAME).exists() else StudyState()
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -304,7 +317,11 @@ def _tell_plan(spec: Spec, run_dir: Path, as_json: bool) -> None:
         print_json(plan)
         return
     click.echo(f"{spec.name}: {plan['trials']} trials over {plan['searched_parameters']} searched parameters")
-    click.echo(f"LR range: {plan['ramps']} ramps of {spec.lr_range.steps} steps in {len(branches)} branches")
+    if branches:
+        click.echo(f"LR range: {plan['ramps']} ramps of {spec.lr_range.steps} steps in {len(branches)} branches")
+    else:
+        click.echo("LR range: none (no parameter has bounds_from: lr_range)")
+    click.echo(f"ranked by {spec.metric.name}, {'lower' if spec.metric.goal == 'minimize' else 'higher'} is better")
     click.echo(f"rungs at epochs {', '.join(map(str, rungs))}")
     click.echo(
         f"epochs: about {plan['epochs_expected']:,} of {plan['epochs_without_stopping']:,} without early stopping"

@@ -9,6 +9,7 @@ import click
 
 from hpsearch.cli.output import json_option, number, print_json, say, table
 from hpsearch.errors import NotBuiltYet, UsageError
+from hpsearch.events import Returned
 from hpsearch.journal import is_locked, read_journal
 from hpsearch.notes import add_note
 from hpsearch.spec import Spec
@@ -30,6 +31,9 @@ def state_of(run: Path) -> StudyState:
     state = StudyState.of(read_journal(run))
     if state.opened is None:
         raise UsageError(f"{run} holds a journal without a study", hint="launch into this directory once more")
+    if not is_locked(run):  # what a driver held when it went is in nobody's hands
+        for lease in list(state.leases.values()):
+            state.apply(Returned(key=lease.key, worker=lease.worker, reason="the driver went"), state.last_at)
     return state
 
 

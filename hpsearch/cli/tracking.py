@@ -7,6 +7,7 @@ made once: by the tracker's thread when MLflow wants it, else at the end.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hpsearch.cli.output import say
 from hpsearch.errors import HpsearchError
 from hpsearch.fleets import Launch
 from hpsearch.packing import pack
-from hpsearch.report.figures import Topic, figures
+from hpsearch.report.figures import Topic, figures, load_matplotlib
 from hpsearch.state import StudyState
 from hpsearch.tracker import JournalFollower, SyncReport, Tracker, TrackerThread
 
@@ -76,6 +77,7 @@ class Tracking:
     def start(self) -> None:
         """Tell MLflow from now on what the journal tells."""
         self._thread.start()
+        threading.Thread(target=load_matplotlib, daemon=True).start()
 
     def close(self, state: StudyState, timeout_s: float = CLOSE_S) -> SyncReport:
         """Send the rest, and keep the figures and the package in the run directory."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from hpsearch.cli.output import interval, number, table, tool
 from hpsearch.cli.run_verbs import counts_line
 from hpsearch.state import StudyState
+from hpsearch.tracker.outbox import redact
 
 if TYPE_CHECKING:
     from hpsearch.tracker import SyncReport
@@ -28,7 +29,11 @@ def verdict_text(
     if isinstance(members, list) and len(members) > 1:
         told = ", ".join(f"trial {m['trial']} × {m['weight']:.2f}" for m in members)
         lines.append(f"ensemble: {told}")
-    lines += [_gain_line(_mapping(ensemble.get("gain"))), *_notes(state)]
+    if isinstance(members, list) and len(members) == 1:
+        lines.append(f"the ensemble is trial {members[0]['trial']} alone: no other checkpoint improved it")
+    if not isinstance(members, list) or _differs(members, best):
+        lines.append(_gain_line(_mapping(ensemble.get("gain"))))
+    lines += _notes(state)
     if report is not None and report.test_uses is not None and report.test_uses > 1:
         lines.append(
             f"note: {report.test_uses} studies of this experiment have opened this test split, this one included"
@@ -63,7 +68,7 @@ def _scores(best: Mapping[str, object], ensemble: Mapping[str, object]) -> str:
     members = ensemble.get("members")
     n_members = len(members) if isinstance(members, list) else 0
     sources = [(f"best trial, {best.get('trial')}", best)]
-    if n_members > 1:
+    if isinstance(members, list) and _differs(members, best):
         sources.append((f"ensemble of {n_members}", ensemble))
     for title, source in sources:
         val, test, bounds = (_mapping(source.get(key)) for key in ("val", "test", "test_intervals"))
@@ -77,9 +82,17 @@ def _scores(best: Mapping[str, object], ensemble: Mapping[str, object]) -> str:
     )
 
 
+def _differs(members: list[dict[str, object]], best: Mapping[str, object]) -> bool:
+    """Whether the ensemble is anything but the best trial alone."""
+    return [member["trial"] for member in members] != [best.get("trial")]
+
+
 def _gain_line(gain: Mapping[str, object]) -> str:
     if gain.get("value") is None:
         return "The ensemble was not compared on a test split."
+    if gain.get("low") is None:
+        told = f"{number(gain['value'])}; too few rows for an interval, so undecided"
+        return f"ensemble − best trial, test {gain['metric']}: {told}"
     word = {True: "better", False: "worse", None: "no difference that this test split can show"}
     better = gain.get("better")
     verdict = word[better if isinstance(better, bool) else None]
@@ -100,7 +113,9 @@ def _notes(state: StudyState) -> list[str]:
 
 def _mlflow_lines(mlflow: Mapping[str, object], run_dir: str, tracking_uri: str | None) -> list[str]:
     if not mlflow.get("run_id"):
-        return [f"MLflow was out of reach; {tool('hpsearch')} sync {run_dir} sends what waits."]
+        where = f" --tracking-uri {shlex.quote(redact(tracking_uri))}" if tracking_uri else ""
+        sync = f"{tool('hpsearch')} sync {shlex.quote(run_dir)}{where}"
+        return [f"MLflow has not got this study yet; {sync} sends what waits."]
     uri = str(mlflow["tracking_uri"])
     lines = [f"MLflow: {uri}, experiment {mlflow['experiment_id']}, run {mlflow['run_id']}"]
     page = f"/#/experiments/{mlflow['experiment_id']}/runs?compareRunsMode=CHART"

@@ -110,14 +110,14 @@ class TuneFleet:
 
     def close(self) -> None:
         """End the workers, leave the cluster; a cluster of our own ends with it."""
-        import ray
-
         self._ended.set()
         if self._fit is not None:
             self._fit.join(timeout=STOP_S)
-        if self._study is not None and self._connected:
-            ray.kill(self._study)
-        if self._connected:
+        if self._connected:  # else a Ctrl-C may have come while ray was still being imported
+            import ray
+
+            if self._study is not None:
+                ray.kill(self._study)
             ray.shutdown()
             self._connected = False
         shutil.rmtree(self._scratch, ignore_errors=True)

@@ -27,6 +27,7 @@ from hpsearch.tracker.mlflow_writer import (
     Refused,
     Signature,
     load_mlflow,
+    make_client,
     one_line,
     resolve_uri,
 )
@@ -114,10 +115,18 @@ class Tracker:
         self._unsure = True  # whether a run may be there that the outbox does not know
         self._refused: dict[str, tuple[str, str]] = {}  # key -> revision and reason; not tried again by this process
         self._test_uses: int | None = None
+        self._prepared = False
 
     def prepare(self) -> None:
-        """Import MLflow; a second or two, better spent while the study starts."""
+        """Import MLflow and open its store; two or three seconds, better spent while the study starts.
+
+        A new SQLite store gets its tables here. What goes wrong is told by the first `sync`, which tries again.
+        """
         load_mlflow()
+        if not self._prepared:
+            self._prepared = True
+            with contextlib.suppress(OutOfReach, Refused):
+                make_client(self._settled_uri(), write_ahead_log=True)
 
     def run_ids(self) -> dict[int, str]:
         """The run of each trial that MLflow has."""
@@ -166,18 +175,22 @@ class Tracker:
 
     def _connect(self, state: StudyState) -> tuple[Outbox, MlflowWriter]:
         assert state.opened is not None
-        if self._uri is None:
-            self._uri = absolute(resolve_uri(self.given_uri), self._folder)
+        uri = self._settled_uri()
         if self._outbox is None:
-            self._outbox = Outbox(self.run_dir, self._uri)
+            self._outbox = Outbox(self.run_dir, uri)
         if self._writer is None:
             settings = state.opened.spec.get("mlflow")
             experiment = settings.get("experiment") if isinstance(settings, Mapping) else None
-            self._writer = MlflowWriter(self._uri, experiment=str(experiment or state.name))
+            self._writer = MlflowWriter(uri, experiment=str(experiment or state.name))
         if self._unsure:
             self._reconcile(self._outbox, self._writer, state.uid)
             self._unsure = False
         return self._outbox, self._writer
+
+    def _settled_uri(self) -> str:
+        if self._uri is None:
+            self._uri = absolute(resolve_uri(self.given_uri), self._folder)
+        return self._uri
 
     def _reconcile(self, outbox: Outbox, writer: MlflowWriter, uid: str) -> None:
         """Learn which runs of the study are there: creating one is the only step that must not happen twice.

@@ -145,7 +145,11 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _broadcast(found: tuple[int, ...], wanted: tuple[int, ...]) -> UserCodeError:
-    hint = "squeeze the output: output.squeeze(-1)" if len(found) > len(wanted) else "squeeze the target: y.squeeze(-1)"
+    hint = (
+        "squeeze the output: output.squeeze(-1), or give targets of its shape: y.reshape(-1, 1)"
+        if len(found) > len(wanted)
+        else "squeeze the target: y.squeeze(-1)"
+    )
     return UserCodeError(
         f"the model's output is {found} and the targets are {wanted}, which would broadcast", hint=hint
     )

@@ -269,7 +269,7 @@ class TorchExecutor:
         if self._metric not in row.metrics:
             raise UserCodeError(
                 f"the study's metric `{self._metric}` is not among those of the task (known: {', '.join(row.metrics)})",
-                hint="give it in Task.metrics(), or name one of these under `metric` in space.yaml",
+                hint="give it in Task.metrics(), or name one of these, and its goal, under `metric` in space.yaml",
             )
         return self._sign * row.metrics[self._metric]
 
