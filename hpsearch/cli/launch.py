@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from hpsearch.tracker import SyncReport
 
 LOCK_WAIT_S = 30.0
+GO_S = 15.0  # that Ray may take to go after an interruption
 
 
 @click.command("launch")
@@ -179,7 +180,7 @@ class Session:
                 say("interrupted; what was finished is kept." + (f" Go on: {again}" if again else ""))
             closing = _in_thread(fleet.close)
             self._tracking.close(self.state, timeout_s=5.0)
-            closing.join()
+            closing.join(timeout=GO_S)
             raise
         closing = _in_thread(fleet.close)  # Ray takes seconds to go; MLflow is told meanwhile
         tracking_began = time.monotonic()

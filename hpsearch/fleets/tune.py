@@ -41,7 +41,8 @@ QUIET = {
 JOBS_AT_ONCE = 8  # that a worker may hold while they are shorter than a call
 LOOK_EVERY_S = 0.03  # at the journal
 PING_EVERY_S = 2.0  # whether the study's process is alive
-STOP_S = 60.0  # that a stopped study may take to keep what was pushed
+KEEP_S = 60.0  # that a study at its end may take to keep what was pushed
+STOP_S = 5.0  # the same after Ctrl-C or SIGTERM, which may have ended Ray's own processes too
 REACH_S = 5.0  # to see whether anything listens at an address; ray itself tries for minutes
 
 
@@ -89,19 +90,21 @@ class TuneFleet:
             )
             .remote(self._launch)
         )
+        keep_s = KEEP_S
         try:
             self._fit = threading.Thread(target=self._host, args=(n_workers, name, namespace), name="tune", daemon=True)
             self._fit.start()
             _get(self._study.ready.remote())
             self._follow(tail, watch, earlier[-1].fence if earlier else 0)
         except KeyboardInterrupt:
+            keep_s = STOP_S
             with contextlib.suppress(HpsearchError):
                 _get(self._study.stop.remote("interrupted"), timeout_s=STOP_S)
             raise
         finally:
             self._ended.set()
             try:
-                failure = _get(self._study.close.remote(), timeout_s=STOP_S)
+                failure = _get(self._study.close.remote(), timeout_s=keep_s)
             except HpsearchError as error:
                 failure = error
             watch(list(tail.new_entries()))
