@@ -299,6 +299,18 @@ def test_memory_that_runs_out_is_told_apart_from_a_crash(error: Callable[[], Bas
     assert result.message
 
 
+def test_shapes_that_only_torchs_layers_complain_of_are_placed_at_the_users_model() -> None:
+    class Mismatched(Classes):
+        def model(self, config: Config) -> nn.Module:
+            return nn.Sequential(nn.Linear(99, 3))
+
+    result = Study().one(executor(Mismatched()), train(0, 1))
+    assert result.outcome == "crashed"
+    assert "shapes cannot be multiplied" in result.message
+    assert result.frame.startswith("test_executor.py:")
+    assert result.frame.endswith("in model")
+
+
 def test_a_bug_of_ours_is_not_taken_for_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hpsearch.training.executor.pack", lambda checkpoint: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -310,7 +322,7 @@ def test_a_metric_that_the_task_does_not_give_is_named_with_those_it_does() -> N
     assert result.outcome == "crashed"
     assert result.message == (
         "the study's metric `val_f1` is not among those of the task (known: train_loss, val_loss, val_accuracy) "
-        "(hint: give it in Task.metrics(), or name one of these under `metric` in space.yaml)"
+        "(hint: give it in Task.metrics(), or name one of these, and its goal, under `metric` in space.yaml)"
     )
 
 

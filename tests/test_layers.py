@@ -236,8 +236,8 @@ def test_command_line_answers_without_the_large_libraries(
 ) -> None:
     monkeypatch.chdir(repository)
     program = (
-        "import json, sys\nfrom hpsearch.cli import main\nsys.argv[0] = 'hpsearch'\n"
-        f"try: main()\nexcept SystemExit as end: code = end.code or 0\nelse: code = 0\n{REPORT_LOADED}\nsys.exit(code)"
+        "import json, sys\nfrom hpsearch.cli import run\nsys.argv[0] = 'hpsearch'\n"
+        f"code = run(sys.argv[1:])\n{REPORT_LOADED}\nsys.exit(code)"
     )
     done = _run(program, *args)
     assert done.returncode == 0, done.stderr

@@ -61,7 +61,7 @@ from hpsearch.training.measure import (
 from hpsearch.training.own_loop import OwnTraining
 from hpsearch.training.ramp import geometric_lrs, ramp_losses
 from hpsearch.training.seeding import seed_all, seeded
-from hpsearch.training.user_code import describe, is_out_of_memory, user_code
+from hpsearch.training.user_code import describe, frame_of, is_out_of_memory, user_code
 
 REMEMBERED_BYTES = 256 << 20  # of checkpoints made here: asking the driver for them costs a journey
 LIVE_FITS = 4  # generators of a user's `fit` that cannot be paused; each holds a model
@@ -162,7 +162,7 @@ class TorchExecutor:
         except UserCodeError as error:
             message = f"{error.message} (hint: {error.hint})" if error.hint else error.message
             result = Result(
-                key=job.key, outcome="crashed", message=message, frame=error.frame, traceback=error.traceback
+                key=job.key, outcome="crashed", message=message, frame=self._frame(error), traceback=error.traceback
             )
         except JournalError as error:
             result = Result(key=job.key, outcome="crashed", message=error.message)
@@ -173,6 +173,14 @@ class TorchExecutor:
         if result.outcome == "out_of_memory" and self._device.type == "cuda":
             torch.cuda.empty_cache()  # the failed trial's memory may be needed by another process on the device
         return replace(result, seconds=time.perf_counter() - start)
+
+    def _frame(self, error: UserCodeError) -> str:
+        """The user's frame; where only torch's layers stand in the traceback, the method that put them together."""
+        name = error.frame.split(":")[0]
+        places = [line for line in error.traceback.splitlines() if line.strip().startswith('File "') and name in line]
+        if places and all("/torch/" in place for place in places):
+            return frame_of(type(self._task).model)
+        return error.frame
 
     def _result(self, job: Job, fetch: Fetch, progress: Progress) -> Result:
         match job:
