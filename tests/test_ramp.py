@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hpsearch.lr_curve import ramp_lrs
 from hpsearch.training.checkpoint import capture, pack
-from hpsearch.training.ramp import geometric_lrs, ramp_losses
+from hpsearch.training.ramp import ramp_losses
 
 
 def net() -> nn.Sequential:
@@ -64,7 +65,7 @@ def test_ramp_leaves_model_optimizer_and_rng_as_they_were(ending: str, steps_bef
         return loss * math.nan if n_calls == 5 and ending == "a loss that is nan" else loss
 
     def ramp() -> list[float]:
-        return ramp_losses(model, optimizer, batches(), loss_of, geometric_lrs(1e-4, 1.0, 10))
+        return ramp_losses(model, optimizer, batches(), loss_of, ramp_lrs(1e-4, 1.0, 10).tolist())
 
     if ending == "a loss that raises":
         with pytest.raises(Stop):
@@ -84,7 +85,7 @@ def test_losses_are_those_of_a_training_at_these_rates() -> None:
     torch.manual_seed(0)
     model = nn.Linear(5, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    lrs = geometric_lrs(1e-3, 1.0, 6)
+    lrs = ramp_lrs(1e-3, 1.0, 6).tolist()
     found = ramp_losses(model, optimizer, batches(), F.cross_entropy, lrs)
     expected = []
     for lr, (inputs, target) in zip(lrs, batches(), strict=False):
@@ -101,7 +102,7 @@ def test_an_infinite_loss_ends_the_ramp_and_is_not_included() -> None:
     model = nn.Linear(5, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = ramp_losses(
-        model, optimizer, batches(), lambda output, _: output.square().sum(), geometric_lrs(1.0, 1e30, 50)
+        model, optimizer, batches(), lambda output, _: output.square().sum(), ramp_lrs(1.0, 1e30, 50).tolist()
     )
     assert 0 < len(losses) < 50
     assert all(map(math.isfinite, losses))
@@ -138,8 +139,7 @@ def test_clipping_limits_the_step() -> None:
 
 
 def test_rates_rise_by_one_factor_from_end_to_end() -> None:
-    lrs = geometric_lrs(1e-5, 10.0, 100)
+    lrs = ramp_lrs(1e-5, 10.0, 100).tolist()
     assert (lrs[0], lrs[-1], len(lrs)) == (1e-5, 10.0, 100)
     factors = [b / a for a, b in itertools.pairwise(lrs)]
     assert max(factors) / min(factors) == pytest.approx(1.0)
-    assert geometric_lrs(0.1, 1.0, 1) == [0.1]

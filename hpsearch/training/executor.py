@@ -37,6 +37,7 @@ from hpsearch.job import (
     Result,
     TrainJob,
 )
+from hpsearch.lr_curve import ramp_lrs
 from hpsearch.task import Task, has_own_fit
 from hpsearch.training.checkpoint import Checkpoint, load_weights, pack, unpack
 from hpsearch.training.data import StudyData, epoch_seed
@@ -59,7 +60,7 @@ from hpsearch.training.measure import (
     split_output,
 )
 from hpsearch.training.own_loop import OwnTraining
-from hpsearch.training.ramp import geometric_lrs, ramp_losses
+from hpsearch.training.ramp import ramp_losses
 from hpsearch.training.seeding import seed_all, seeded
 from hpsearch.training.user_code import describe, frame_of, is_out_of_memory, user_code
 
@@ -187,7 +188,7 @@ class TorchExecutor:
             case TrainJob():
                 return self._train(job, fetch, progress)
             case RampJob():
-                lrs = geometric_lrs(job.lr_min, job.lr_max, job.steps)
+                lrs = ramp_lrs(job.lr_min, job.lr_max, job.steps).tolist()
                 # A task's own optimizer() or model() may read the rate: it is there, and the ramp scales it.
                 return self._ramp(job, {**job.config, "lr": job.lr_min}, lrs, reference=job.lr_min)
             case ProbeJob():

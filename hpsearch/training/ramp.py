@@ -18,18 +18,6 @@ from torch import Tensor, nn
 from hpsearch.training.seeding import borrowed_rng
 
 
-def geometric_lrs(lr_min: float, lr_max: float, steps: int) -> list[float]:
-    """Learning rates from lr_min to lr_max, both included, each the same factor above the one before.
-
-    >>> geometric_lrs(0.25, 4.0, 5)
-    [0.25, 0.5, 1.0, 2.0, 4.0]
-    """
-    if steps == 1:
-        return [lr_min]
-    ratio = lr_max / lr_min
-    return [lr_min * ratio ** (step / (steps - 1)) for step in range(steps - 1)] + [lr_max]
-
-
 def ramp_losses(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
