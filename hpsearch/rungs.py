@@ -240,7 +240,7 @@ class _Ladder:
 
     def _may_go_on(self, rung: _Rung, rank: int) -> bool:
         """Whether the trial of this rank may leave the rung. True for a rank is true for every better one."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: the rules differ in this alone
 
     def _may_train_on(self, rung: _Rung, rank: int) -> bool:
         """The same for a trial that cannot wait for others."""

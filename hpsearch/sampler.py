@@ -66,7 +66,7 @@ class _CounterBased:
         """Nothing: later configs do not depend on it."""
 
     def _point(self, number: int) -> list[float]:
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: Sobol and random differ in this alone
 
 
 class SobolSampler(_CounterBased):
