@@ -50,11 +50,13 @@ def test_launch_prints_one_object_and_nothing_else_to_stdout(project: Path) -> N
 
 
 def test_ctrl_c_keeps_the_study_and_resume_ends_it(project: Path) -> None:
-    process = start(project, "--set", "search.trials=400")
+    slow = "def model(self, config):\n        import time; time.sleep(0.3)"  # so that Ctrl-C comes in the search
+    (project / "task.py").write_text(TASK.replace("def model(self, config):", slow))
+    process = start(project, "--set", "search.trials=40")
     run_dir = project / "runs" / "blobs"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        if (run_dir / "journal.jsonl").exists() and len(StudyState.of(read_journal(run_dir)).trials) > 20:
+        if (run_dir / "journal.jsonl").exists() and len(StudyState.of(read_journal(run_dir)).trials) > 4:
             break
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
@@ -67,10 +69,10 @@ def test_ctrl_c_keeps_the_study_and_resume_ends_it(project: Path) -> None:
     before = StudyState.of(read_journal(run_dir))
     assert before.ended is not None
     assert before.ended.reason == "interrupted"
-    resumed = start(project, "--set", "search.trials=400", "--resume", "--json")
+    resumed = start(project, "--set", "search.trials=40", "--resume", "--json")
     out, err = resumed.communicate(timeout=180)
     assert resumed.returncode == 0, err
-    assert json.loads(out)["trials"]["total"] == 400
+    assert json.loads(out)["trials"]["total"] == 40
     after = StudyState.of(read_journal(run_dir))
     for number, trial in before.trials.items():
         assert after.trials[number].config == trial.config
