@@ -40,7 +40,7 @@ ROW = {
 # Who may import what is large.
 OWNERS: dict[str, tuple[str, ...]] = {
     "torch": ("training.*", "task"),
-    "ray": ("fleets.tune",),
+    "ray": ("fleets.tune", "fleets.ray_cluster", "fleets.study_actor"),
     "mlflow": ("tracker.*", "pyfunc_model"),
     "optuna": ("tpe",),
 }
