@@ -44,12 +44,15 @@ def open_study(
     environment: Mapping[str, object] | None = None,
     stages: tuple[str, ...] = STAGES,
     clock: Callable[[], float] = time.time,
+    monotonic: Callable[[], float] = time.monotonic,
     background: bool = True,
     wait_s: float = 30.0,
+    inherit_leases: bool = False,
 ) -> Study:
     """The study of a run directory, begun or gone on with.
 
     Args:
+        inherit_leases: the study's process was restarted under a driver and workers that live.
         stages: which of the stages to run; those that the spec switches off are left out anyway.
 
     Raises:
@@ -57,7 +60,7 @@ def open_study(
         SpecError: the directory's study asks for something else.
         JournalError: its journal is damaged.
     """
-    journal = Journal.open(run_dir, clock=clock, wait_s=wait_s)
+    journal = Journal.open(run_dir, clock=clock, steady=monotonic, wait_s=wait_s)
     try:
         before = [entry.event for entry in journal.entries if isinstance(entry.event, Opened)]
         if before:  # asked first: the stages of another study could make nothing of these events
@@ -90,7 +93,9 @@ def open_study(
                 disk_bytes=spec.budget.disk_bytes,
                 gpus_per_worker=spec.resources.gpus,
             ),
+            clock=monotonic,
             background=background,
+            inherit_leases=inherit_leases,
         )
     except BaseException:
         journal.close()

@@ -34,6 +34,16 @@ class DataSeen:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Arrived:
+    """A worker's process began; an earlier one of this name is gone."""
+
+    type: ClassVar[str] = "arrived"
+    worker: str
+    node: str = ""  # Ray's id of its node, "" in the driver's process
+    pid: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageBegan:
     type: ClassVar[str] = "stage-began"
     stage: str
@@ -151,6 +161,7 @@ class Ended:
 Event = (
     Opened
     | DataSeen
+    | Arrived
     | StageBegan
     | StageEnded
     | RangeMeasured
@@ -169,6 +180,7 @@ EVENT_TYPES: dict[str, type[Event]] = {
     for cls in (
         Opened,
         DataSeen,
+        Arrived,
         StageBegan,
         StageEnded,
         RangeMeasured,

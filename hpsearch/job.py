@@ -169,6 +169,8 @@ class Assignment:
     jobs: tuple[Job, ...] = ()
     ended: bool = False  # nothing will come any more; the worker may go
     error: str = ""  # the worker is refused, with this reason
+    lease_s: float = 0.0  # how long a job may be silent between two signs of life; 0: not said
+    first_lease_s: float = 0.0  # the same before its first
 
 
 def evaluation_key(split: str, members: Sequence[tuple[int, float]]) -> str:
@@ -180,3 +182,26 @@ def evaluation_key(split: str, members: Sequence[tuple[int, float]]) -> str:
     if len(members) == 1:
         return f"evaluate/{split}/{members[0][0]}"
     return f"evaluate/{split}/" + "+".join(f"{trial}*{weight:.6g}" for trial, weight in members)
+
+
+def train_key(trial: int, from_epoch: int, to_epoch: int) -> str:
+    """Key of the job that trains a trial from one epoch to another.
+
+    >>> train_key(17, 3, 9)
+    'train/17/3-9'
+    """
+    return f"train/{trial}/{from_epoch}-{to_epoch}"
+
+
+def train_parts(key: str) -> tuple[int, int, int] | None:
+    """Trial, from_epoch and to_epoch of a training job's key; None for other jobs.
+
+    >>> train_parts("train/17/3-9"), train_parts("export/17")
+    ((17, 3, 9), None)
+    """
+    kind, _, rest = key.partition("/")
+    if kind != "train":
+        return None
+    trial, _, epochs = rest.partition("/")
+    first, _, last = epochs.partition("-")
+    return int(trial), int(first), int(last)

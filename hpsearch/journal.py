@@ -29,27 +29,41 @@ FILE_NAME = "journal.jsonl"
 LOCK_NAME = "lock"
 _CRC = b',"crc":"'
 
+Clock = Callable[[], float]
+
 
 class Journal:
     """The open journal of a run directory, held by its one writer."""
 
-    def __init__(self, file: FileIO, lock: IO[bytes], entries: list[Entry], clock: Callable[[], float]) -> None:
+    def __init__(self, file: FileIO, lock: IO[bytes], entries: list[Entry], clock: Clock, steady: Clock) -> None:
         self.entries = entries  # as read when it was opened
         self._file = file
         self._lock = lock
-        self._clock = clock
         self._seq = entries[-1].seq + 1 if entries else 0
         self._fence = max((entry.fence for entry in entries), default=0) + 1
-        self._last_time = entries[-1].time if entries else 0.0
+        # Wall time when it was opened, then a steady clock: a clock that is set forward or back while a study runs must
+        # not stretch its stages or use up its budget. Nor may this driver's time begin before the last one's ended.
+        self._opened_at = max(clock(), entries[-1].time if entries else 0.0)
+        self._steady = steady
+        self._steady_at = steady()
         self._buffer: list[bytes] = []
         self._buffer_lock = threading.Lock()
         self._file_lock = threading.Lock()  # held over a write, so that batches reach the file in order
 
     @classmethod
-    def open(cls, run_dir: Path, *, clock: Callable[[], float] = time_module.time, wait_s: float = 30.0) -> Journal:
+    def open(
+        cls,
+        run_dir: Path,
+        *,
+        clock: Clock = time_module.time,
+        steady: Clock = time_module.monotonic,
+        wait_s: float = 30.0,
+    ) -> Journal:
         """The journal of `run_dir`, made when it is not there, locked for writing.
 
         Args:
+            clock: unix time, asked once.
+            steady: seconds that pass, whatever is done to the clock.
             wait_s: how long to wait for another writer to go; a killed driver's study can outlive it by seconds.
 
         Raises:
@@ -82,19 +96,21 @@ class Journal:
         except BaseException:
             lock.close()
             raise
-        return cls(file, lock, entries, clock)
+        return cls(file, lock, entries, clock, steady)
 
     @property
     def next_seq(self) -> int:
         """Number of the next entry; grows with each."""
         return self._seq
 
+    def now(self) -> float:
+        """Unix time as this journal counts it: it never goes back, and jumps with no clock."""
+        return round(self._opened_at + self._steady() - self._steady_at, 4)
+
     def append(self, event: Event) -> Entry:
         """The event as an entry; on disk after the next `commit`."""
         with self._buffer_lock:
-            # A clock that jumps back must not make a later event look earlier.
-            self._last_time = max(self._last_time, round(self._clock(), 4))
-            entry = Entry(seq=self._seq, fence=self._fence, time=self._last_time, event=event)
+            entry = Entry(seq=self._seq, fence=self._fence, time=self.now(), event=event)
             # A Ctrl-C may come between any two lines: what has a number must be in the buffer.
             line = _line(entry)
             self._buffer.append(line)

@@ -7,10 +7,12 @@ same events here. Applying an event costs about the same for the first and the t
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from hpsearch.events import (
+    Arrived,
     Compared,
     DataSeen,
     Ended,
@@ -64,16 +66,23 @@ class StudyState:
     ranges: list[RangeMeasured] = field(default_factory=list)
     results: dict[str, Finished] = field(default_factory=dict)  # finished jobs but for training, by key
     leases: dict[str, Leased] = field(default_factory=dict)  # in workers' hands, by key
+    returned: set[str] = field(default_factory=set)  # keys of jobs that were given out and came back without a result
     began: dict[str, float] = field(default_factory=dict)  # stage -> time of its (latest) start
     stage_s: dict[str, float] = field(default_factory=dict)  # stage -> seconds spent, over all drivers
     ended_stages: set[str] = field(default_factory=set)
     n_epochs: int = 0  # trained by all trials together
+    n_leased_epochs: int = 0  # in workers' hands
+    seats: dict[str, Arrived] = field(default_factory=dict)  # worker -> where its process began last
+    alone: set[str] = field(default_factory=set)  # keys of jobs that ran out of memory, to be tried without company
     improvements: list[Improvement] = field(default_factory=list)  # best-so-far of the search, in order
     selected: Selected | None = None
     compared: Compared | None = None
     ended: Ended | None = None
     n_entries: int = field(default=0, compare=False)  # of the journal that `of` was given
     budget_spent: str = ""  # the limit that ended the search, "" where none did
+    _busy_s: float = 0.0  # of all workers together, up to their last lease that ended
+    _busy_since: dict[str, float] = field(default_factory=dict)  # worker -> when it had nothing to do last
+    _n_held: Counter[str] = field(default_factory=Counter)  # worker -> jobs in its hands
     _metric: str = "val_loss"
     _sign: float = 1.0
     _max_epochs: int = 0
@@ -111,6 +120,14 @@ class StudyState:
     def done(self) -> bool:
         return self.ended is not None and self.ended.reason == "done"
 
+    def busy_s(self, now: float) -> float:
+        """Seconds that workers held jobs, over all workers and drivers; time without a driver counts for nobody."""
+        return self._busy_s + sum(now - since for since in self._busy_since.values())
+
+    def is_alone(self, key: str) -> bool:
+        """Whether a job has run out of memory once, and is to run with nothing beside it."""
+        return key in self.alone
+
     def ranking(self) -> list[TrialRecord]:
         """All trials, best first; diverged and failed last."""
         return sorted(self.trials.values(), key=lambda trial: trial.sort_key)
@@ -147,6 +164,8 @@ class StudyState:
                 self._open(event, time, before)
             case DataSeen():
                 self.data = data_info(dict(event.info))
+            case Arrived():
+                self.seats[event.worker] = event
             case StageBegan(stage=stage):
                 if stage == "search" and self.search_ended:
                     self._forget_ensemble()
@@ -172,7 +191,8 @@ class StudyState:
             case Leased():
                 self._lease(event, time)
             case Returned(key=key):
-                self._release(key)
+                self._release(key, time)
+                self.returned.add(key)
             case Finished():
                 self._finish(event, time)
             case Stopped(trial=number):
@@ -199,6 +219,9 @@ class StudyState:
         else:
             # Time between two drivers counts for nobody: a stage that was under way begins anew.
             self.worked_s += last_at - self.resumed_at[-1]
+            for worker, since in self._busy_since.items():
+                self._busy_s += last_at - since
+                self._busy_since[worker] = time
             for stage in [name for name in self.began if name not in self.ended_stages]:
                 self.stage_s[stage] = self.stage_s.get(stage, 0.0) + last_at - self.began.pop(stage)
             if self.opened.spec.get("ensemble") != spec.get("ensemble"):
@@ -230,7 +253,12 @@ class StudyState:
             trial.search_ended = ended
 
     def _lease(self, event: Leased, time: float) -> None:
+        self._release(event.key, time)  # a lease that is announced anew is one lease
         self.leases[event.key] = event
+        self.returned.discard(event.key)
+        self.n_leased_epochs += event.to_epoch - event.from_epoch
+        self._n_held[event.worker] += 1
+        self._busy_since.setdefault(event.worker, time)
         if event.trial is not None:
             trial = self.trials[event.trial]
             trial.leased = event.key
@@ -240,14 +268,27 @@ class StudyState:
             if trial.started_at is None:
                 trial.started_at = time
 
-    def _release(self, key: str) -> None:
+    def _release(self, key: str, time: float) -> None:
         lease = self.leases.pop(key, None)
-        if lease is not None and lease.trial is not None:
+        if lease is None:
+            return
+        self.n_leased_epochs -= lease.to_epoch - lease.from_epoch
+        self._n_held[lease.worker] -= 1
+        if not self._n_held[lease.worker]:
+            self._busy_s += time - self._busy_since.pop(lease.worker)
+        if lease.trial is not None:
             self.trials[lease.trial].leased = None
             self.trials[lease.trial].leased_to = None
 
     def _finish(self, event: Finished, time: float) -> None:
-        self._release(event.key)
+        self._release(event.key, time)
+        self.returned.discard(event.key)
+        if event.outcome == "out_of_memory" and event.key not in self.alone:
+            self.alone.add(event.key)
+            if event.trial is None:
+                return  # it is tried once more
+        else:
+            self.alone.discard(event.key)
         if event.trial is None:
             self.results[event.key] = event
             return
@@ -263,13 +304,15 @@ class StudyState:
                 trial.checkpoint = None if checkpoint is None else str(checkpoint)
                 trial.best_checkpoint = trial.best_checkpoint if best is None else str(best)
                 trial.diverged = event.outcome == "diverged"
+            case "out_of_memory":
+                trial.out_of_memory += 1
             case _:
                 trial.crashes += 1
         trial.message, trial.frame = event.message, event.frame
         if event.outcome == "done":
             self._compare_with_best(trial, time)
         # One retry with the same seed: a second crash of the same trial is no accident.
-        trial.failed = trial.crashes > 1
+        trial.failed = trial.crashes > 1 or (event.outcome == "out_of_memory" and event.key not in self.alone)
 
     def _compare_with_best(self, trial: TrialRecord, time: float) -> None:
         value = trial.best_objective

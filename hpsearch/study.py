@@ -14,23 +14,22 @@ import queue
 import threading
 import time as time_module
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from hpsearch.blobs import BlobStore
 from hpsearch.budget import Budget, Spent, exhausted
 from hpsearch.errors import HpsearchError, UserCodeError, internal_error
-from hpsearch.events import DataSeen, Ended, Event, Finished, Leased, Returned, StageBegan, StageEnded
-from hpsearch.job import Assignment, DataInfo, Job, Result, TrainJob
+from hpsearch.events import Arrived, DataSeen, Ended, Event, Finished, Leased, Returned, StageBegan, StageEnded
+from hpsearch.job import Assignment, DataInfo, Job, Result, TrainJob, train_parts
 from hpsearch.journal import Journal
+from hpsearch.leases import INHERIT_S, MOST_DEATHS, LeaseBook, Seat
 from hpsearch.stages import Stage
 from hpsearch.stages.search import Search
 from hpsearch.state import Entry, StudyState
 from hpsearch.triage import Crash, common_crash, no_usable_trial
 
-FIRST_LEASE_S = 3600.0  # before any epoch was measured: compilation, first batches, downloads
-LEASE_EPOCHS = 10.0  # a lease without progress lasts this many of the slowest epoch seen, at least:
-SHORTEST_LEASE_S = 120.0
-MOST_DEATHS = 3  # of workers in one job, before the job is to blame; of one worker before it has loaded its data
+MOST_FALSE_STARTS = 3  # deaths of one worker before it has loaded its data
+LOOK_FOR_OVERDUE_S = 1.0  # at the leases, at most this often
 COMMIT_EVERY_S = 0.5  # leases reach the disk at least this often; results at once
 CRASHES_TO_STOP = 3  # jobs that end by the same traceback before the study is stopped
 
@@ -48,9 +47,12 @@ class Study:
         budget: Budget | None = None,
         clock: Callable[[], float] = time_module.monotonic,
         background: bool = True,
+        inherit_leases: bool = False,
     ) -> None:
         """
         Args:
+            inherit_leases: this study's process was restarted under a driver and workers that live: what the journal
+                says is in their hands stays there, if they announce it soon.
             state: after the journal's entries and this driver's Opened event; `stages` were told the same.
             background: a thread keeps results; False: `push` does, and returns when they count (one worker at a time).
         """
@@ -61,28 +63,28 @@ class Study:
         self._budget = budget or Budget()
         self._clock = clock
         self._changed = threading.Condition()
-        self._progress: dict[str, float] = {}  # key -> clock at the last sign of progress
-        self._slowest_epoch_s = 0.0
+        self._book = LeaseBook()
+        self._looked_at = float("-inf")  # clock, when overdue leases were last looked for
+        self._unheard: set[str] = set()  # workers of the journal that have not spoken to this process yet
         self._pushed: set[str] = set()  # keys whose result is being kept
         self._gone: set[str] = set()  # workers that were lost and have not come back
         self._lives: Counter[str] = Counter()  # how often a worker of this name has arrived
         self._arrivals: Counter[str] = Counter()  # since it last got as far as its data
-        self._deaths: Counter[str] = Counter()  # of workers, by the key of the job in their hands
         self._unkept: Counter[str] = Counter()  # results of a worker that do not count yet
         self._crashes: list[Crash] = []
         self._began_at = clock()
-        # What earlier drivers spent counts too.
-        self._job_s = sum(row.seconds for trial in state.trials.values() for row in trial.curve)
-        self._epochs = sum(trial.epoch for trial in state.trials.values())
         self._failure: HpsearchError | None = None
         self._ended = False
         self._spent = ""  # the budget that is used up
         with self._changed:
-            for lease in list(state.leases.values()):
-                self._record(Returned(key=lease.key, worker=lease.worker, reason="the driver went"))
-            for worker in {trial.worker for trial in state.trials.values()}:
-                for stage in self._stages:
-                    stage.lost(worker)
+            workers = {trial.worker for trial in state.trials.values()}
+            if inherit_leases:
+                self._book.inherit(state.leases, clock())
+                self._unheard = workers | {lease.worker for lease in state.leases.values()}
+            else:
+                for lease in list(state.leases.values()):
+                    self._record(Returned(key=lease.key, worker=lease.worker, reason="the driver went"))
+                self._forget_memory_of(workers)
             grown = next((s for s in self._stages if s.name in state.ended_stages and not s.finished()), None)
             if grown is not None:
                 self._record(StageBegan(stage=grown.name))
@@ -96,23 +98,28 @@ class Study:
 
     # What workers call
 
-    def arriving(self, worker: str) -> None:
+    def arriving(self, worker: str, node: str = "", pid: int = 0) -> None:
         """A worker's process has begun. What an earlier one of this name held is given out again."""
         with self._changed:
+            seat = self._state.seats.get(worker)
+            if node == (seat.node if seat else ""):  # else its node has gone, which is no fault of the job's
+                for lease in self._held_by(worker):
+                    self._count_death(lease.key)
+            self._let_go(worker, "its worker was restarted")
             self._lives[worker] += 1
             self._arrivals[worker] += 1
-            if self._arrivals[worker] > MOST_DEATHS:
+            if self._arrivals[worker] > MOST_FALSE_STARTS:
                 self._fail_locked(
                     UserCodeError(
-                        f"{worker}'s process died {MOST_DEATHS} times while it loaded the task and its data",
+                        f"{worker}'s process died {MOST_FALSE_STARTS} times while it loaded the task and its data",
                         hint="run out of memory? hpsearch launch --fleet local shows what the process says",
                     )
                 )
                 return
-            for key in [key for key, lease in self._state.leases.items() if lease.worker == worker]:
-                self._count_death(key)
-            self._let_go(worker, "its worker was restarted")
+            if not self._ended and (node or pid):
+                self._record(Arrived(worker=worker, node=node, pid=pid))
             self._gone.discard(worker)
+            self._unheard.discard(worker)
             self._changed.notify_all()
 
     def hello(self, worker: str, info: DataInfo) -> Assignment:
@@ -141,6 +148,8 @@ class Study:
         deadline = self._clock() + timeout_s
         with self._changed:
             life = self._lives[worker]
+            self._unheard.discard(worker)
+            self._gone.discard(worker)  # who asks for work is alive
             while True:
                 if self._ended:
                     return Assignment(ended=True)
@@ -153,34 +162,64 @@ class Study:
                     self._commit_now()
                 left = deadline - self._clock()
                 if jobs or left <= 0 or self._ended:
-                    return Assignment(jobs=jobs, ended=self._ended)
+                    return Assignment(
+                        jobs=jobs,
+                        ended=self._ended,
+                        lease_s=self._book.lease_s,
+                        first_lease_s=self._book.first_lease_s(own_loop=self._own_loop),
+                    )
                 self._changed.wait(min(left, 1.0))
 
     def push(self, worker: str, results: Sequence[Result]) -> None:
-        """Results of a worker's jobs. A second copy of a result is ignored."""
+        """Results of a worker's jobs. A second copy of a result is ignored.
+
+        One whose lease was returned meanwhile counts, if nobody else has delivered it and its trial stands where the
+        job began: it is what any worker would have given.
+        """
         with self._changed:
+            self._unheard.discard(worker)
             self._unkept[worker] += len(results)
         if self._keeper is not None:
             self._inbox.put([(worker, result) for result in results])
         else:
             self._take_in([(worker, result) for result in results])
 
-    def progress(self, key: str) -> None:
-        """A job is alive: an epoch, or some of its batches, are done."""
+    def progress(self, worker: str, key: str) -> None:
+        """A job is alive: some of its batches are done. Announces the job to a study that does not know of it."""
         with self._changed:
-            if key in self._progress:
-                self._progress[key] = self._clock()
+            self._unheard.discard(worker)
+            lease = self._state.leases.get(key)
+            if lease is not None and lease.worker == worker:
+                self._book.heard(key, self._clock())
+            elif lease is None and not self._ended and worker not in self._gone and key not in self._pushed:
+                self._adopt(worker, key)
 
     def fetch(self, ref: str) -> bytes:
         """A blob's content."""
         return self._blobs.read(ref)
 
-    def lost(self, worker: str, reason: str = "its worker was lost") -> None:
-        """A worker is gone: its jobs are given out again."""
+    def lost(self, worker: str, reason: str = "its worker was lost", *, blame_job: bool = False) -> None:
+        """A worker is gone: its jobs are given out again.
+
+        Args:
+            blame_job: its process died by itself, perhaps of the job; False: its node went.
+        """
         with self._changed:
+            if blame_job:
+                for lease in self._held_by(worker):
+                    self._count_death(lease.key)
             self._let_go(worker, reason)
             self._gone.add(worker)
+            self._unheard.discard(worker)
             self._changed.notify_all()
+
+    def workers(self) -> dict[str, Seat]:
+        """Where each worker's process runs, or ran last."""
+        with self._changed:
+            return {
+                name: Seat(node=seat.node, pid=seat.pid, alive=name not in self._gone)
+                for name, seat in self._state.seats.items()
+            }
 
     def broken(self, worker: str, error: HpsearchError) -> None:
         """A worker could not begin: the task does not load, or its data cannot be trained on."""
@@ -235,13 +274,29 @@ class Study:
         data = self._state.data
         if data is not None and not data.resumable and self._unkept[worker]:
             return ()  # the trial in its memory may be told to go on
+        if any(self._state.is_alone(lease.key) for lease in self._neighbours(worker)):
+            return ()
         while len(jobs) < slots:
             job = self._next_job(worker)
             if job is None or (jobs and not _alike(jobs[0], job)):
                 break
+            if self._state.is_alone(job.key) and (jobs or self._neighbours(worker)):
+                break  # it ran out of memory beside others: they end what they have, and nothing new is begun here
             self._lease(job, worker)
             jobs.append(job)
         return tuple(jobs)
+
+    def _neighbours(self, worker: str) -> list[Leased]:
+        """What is being run on the worker's node, by itself too. Asked only when a job has run out of memory."""
+        if not self._state.alone:
+            return []
+        seats = self._state.seats
+        node = seats[worker].node if worker in seats else ""
+        return [
+            lease
+            for lease in self._state.leases.values()
+            if (seats[lease.worker].node if lease.worker in seats else "") == node
+        ]
 
     def _next_job(self, worker: str) -> Job | None:
         for stage in self._open_stages():
@@ -272,52 +327,80 @@ class Study:
         else:
             event = Leased(key=job.key, worker=worker)
         self._record(event)
-        self._progress[job.key] = self._clock()
+        self._book.begin(job.key, self._clock())
+
+    def _adopt(self, worker: str, key: str) -> bool:
+        """Give a job to the worker that has it in its hands already, if the study would give it to anyone."""
+        if key not in self._state.returned:
+            return False
+        event = Leased(key=key, worker=worker)
+        parts = train_parts(key)
+        if parts is not None:
+            number, from_epoch, to_epoch = parts
+            trial = self._state.trials[number]
+            if not trial.open or trial.epoch != from_epoch:
+                return False
+            event = Leased(key=key, worker=worker, trial=number, from_epoch=from_epoch, to_epoch=to_epoch)
+        self._record(event)
+        self._book.begin(key, self._clock())
+        self._book.heard(key, self._clock())
+        return True
+
+    def _held_by(self, worker: str) -> list[Leased]:
+        return [lease for lease in self._state.leases.values() if lease.worker == worker]
 
     def _let_go(self, worker: str, reason: str) -> None:
-        held = [key for key, lease in self._state.leases.items() if lease.worker == worker]
-        for key in held:
-            self._return(key, reason)
-        for stage in self._stages:
-            stage.lost(worker)
+        for lease in self._held_by(worker):
+            self._return(lease.key, reason)
+        self._forget_memory_of([worker])
+
+    def _forget_memory_of(self, workers: Iterable[str]) -> None:
+        for worker in workers:
+            for stage in self._stages:
+                stage.lost(worker)
 
     def _count_death(self, key: str) -> None:
         """A process died with this job in its hands; a job that keeps killing them is not given out for ever."""
         if key in self._pushed:
             return
-        self._deaths[key] += 1
-        if self._deaths[key] >= MOST_DEATHS:
-            self._deaths[key] = 0
+        if self._book.died(key):
             lease = self._state.leases[key]
             message = (
                 f"the worker's process died {MOST_DEATHS} times in this job (out of memory, or a crash in native code)"
             )
             self._record(Finished(key=key, worker=lease.worker, outcome="crashed", trial=lease.trial, message=message))
-            self._progress.pop(key, None)
+            self._book.end(key)
             self._advance()
 
     def _return(self, key: str, reason: str) -> None:
         if key not in self._pushed:
             self._record(Returned(key=key, worker=self._state.leases[key].worker, reason=reason))
-            self._progress.pop(key, None)
+            self._book.end(key)
 
     def _expire_leases(self) -> None:
-        slowest = self._slowest_epoch_s
-        measured = max(SHORTEST_LEASE_S, LEASE_EPOCHS * slowest) if slowest else FIRST_LEASE_S
         now = self._clock()
-        for key, at in list(self._progress.items()):
-            limit = measured if key.startswith("train/") else FIRST_LEASE_S  # other jobs tell of no progress
-            if now - at > limit:
-                self._return(key, f"no progress for {limit:.0f} s")
+        if now - self._looked_at < LOOK_FOR_OVERDUE_S:
+            return
+        self._looked_at = now
+        for key, limit in self._book.overdue(now, own_loop=self._own_loop):
+            self._return(key, f"no progress for {limit:.0f} s")
+        if self._unheard and now - self._began_at > INHERIT_S:
+            silent, self._unheard = self._unheard, set()
+            for worker in silent:
+                self._let_go(worker, "its worker is silent since the study was restarted")
+
+    @property
+    def _own_loop(self) -> bool:
+        return self._state.data is not None and not self._state.data.resumable
 
     def _watch_budget(self) -> None:
         spent = Spent(
             hours=(self._state.worked_s + self._clock() - self._began_at) / 3600,
-            worker_hours=self._job_s / 3600,
-            epochs=self._epochs,
+            worker_hours=self._state.busy_s(self._journal.now()) / 3600,
+            epochs=self._state.n_epochs + self._state.n_leased_epochs,
             disk_bytes=self._blobs.n_bytes(),
         )
-        self._spent = exhausted(self._budget, spent)
+        self._spent = self._spent or exhausted(self._budget, spent)
         if self._spent:
             for stage in self._stages:
                 if isinstance(stage, Search):
@@ -353,7 +436,9 @@ class Study:
         with self._changed:
             fresh = []
             for worker, result in batch:
-                if result.key in self._state.leases and result.key not in self._pushed:
+                if result.key in self._pushed:
+                    continue
+                if result.key in self._state.leases or (not self._ended and self._adopt(worker, result.key)):
                     self._pushed.add(result.key)
                     fresh.append((worker, result))
         self._blobs.keep({ref: content for _, result in fresh for ref, content in result.blobs.items()})
@@ -368,10 +453,8 @@ class Study:
                     for stage in self._stages:
                         stage.lost(worker)
                 self._pushed.discard(result.key)
-                self._progress.pop(result.key, None)
-                self._job_s += result.seconds
-                self._epochs += len(result.epochs)
-                self._slowest_epoch_s = max([self._slowest_epoch_s, *(row.seconds for row in result.epochs)])
+                self._book.heard(result.key, self._clock())
+                self._book.end(result.key)
                 assert isinstance(entry.event, Finished)
                 self._look_for_common_crash(entry.event)
             for worker, _ in batch:

@@ -38,6 +38,7 @@ class TrialRecord:
     leased_to: str | None = None
     target: int = 0  # epoch that the present or last lease trains to
     crashes: int = 0
+    out_of_memory: int = 0  # how often; the second time it was alone
     diverged: bool = False
     failed: bool = False
     let_go: bool = False  # stopped for good, though the search goes on
@@ -64,6 +65,11 @@ class TrialRecord:
         if self.leased is not None:
             return TrialState.RUNNING
         return TrialState.PAUSED if self.epoch else TrialState.WAITING
+
+    @property
+    def open(self) -> bool:
+        """Whether a job may still train it, and nobody does."""
+        return self.leased is None and not (self.diverged or self.failed or self.let_go)
 
     @property
     def usable(self) -> bool:

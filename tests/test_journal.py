@@ -21,7 +21,7 @@ from hpsearch.state import Entry
 
 
 def write(run_dir: Path, *events: object) -> None:
-    journal = Journal.open(run_dir, wait_s=0, clock=lambda: 1.5)
+    journal = Journal.open(run_dir, wait_s=0, clock=lambda: 1.5, steady=lambda: 0.0)
     for event in events:
         journal.append(event)  # type: ignore[arg-type]
     journal.close()
@@ -145,10 +145,23 @@ def test_directory_without_a_journal_is_named(tmp_path: Path) -> None:
 
 
 def test_clock_that_jumps_back_does_not_turn_time_around(tmp_path: Path) -> None:
-    times = iter([100.0, 50.0, 120.0])
-    journal = Journal.open(tmp_path, clock=lambda: next(times))
-    assert [journal.append(event).time for event in drawn(3)] == [100.0, 100.0, 120.0]
+    wall, steady = [100.0], [7.0]
+    journal = Journal.open(tmp_path, clock=lambda: wall[0], steady=lambda: steady[0])
+    times = []
+    for event, jump in zip(drawn(3), (0.0, -3600.0, 86400.0), strict=True):
+        wall[0] += jump
+        steady[0] += 1.0
+        times.append(journal.append(event).time)
+    assert times == [101.0, 102.0, 103.0]
     journal.close()
+
+
+def test_times_go_on_where_the_last_driver_ended_though_the_clock_was_set_back(tmp_path: Path) -> None:
+    for wall, expected in ((1000.0, 1001.0), (10.0, 1002.0), (5000.0, 5001.0)):
+        steady = iter([0.0, 1.0])
+        journal = Journal.open(tmp_path, clock=lambda wall=wall: wall, steady=lambda steady=steady: next(steady))
+        assert journal.append(drawn(1)[0]).time == expected
+        journal.close()
 
 
 def test_tail_gives_each_entry_once_and_waits_for_whole_lines(tmp_path: Path) -> None:

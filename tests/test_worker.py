@@ -28,7 +28,7 @@ class FakeStudy:
     errors: list[HpsearchError] = field(default_factory=list)
     pushes: list[int] = field(default_factory=list)  # results in each
 
-    def arriving(self, worker: str) -> None:
+    def arriving(self, worker: str, node: str = "", pid: int = 0) -> None:
         """Told before the data are loaded; these tests look at what follows."""
 
     def hello(self, worker: str, info: DataInfo) -> Assignment:
@@ -43,7 +43,7 @@ class FakeStudy:
         self.calls += [("push", result.key) for result in results]
         self.pushes.append(len(results))
 
-    def progress(self, key: str) -> None:
+    def progress(self, worker: str, key: str) -> None:
         self.calls.append(("progress", key))
 
     def fetch(self, ref: str) -> bytes:

@@ -32,9 +32,9 @@ class StudyActor:
         if self._error is not None:
             raise self._error
 
-    def arriving(self, worker: str) -> None:
+    def arriving(self, worker: str, node: str = "", pid: int = 0) -> None:
         self.ready()
-        self._study.arriving(worker)
+        self._study.arriving(worker, node, pid)
 
     def hello(self, worker: str, info: DataInfo) -> Assignment:
         return self._study.hello(worker, info)
@@ -45,8 +45,8 @@ class StudyActor:
     def push(self, worker: str, results: Sequence[Result]) -> None:
         self._study.push(worker, results)
 
-    def progress(self, key: str) -> None:
-        self._study.progress(key)
+    def progress(self, worker: str, key: str) -> None:
+        self._study.progress(worker, key)
 
     def fetch(self, ref: str) -> bytes:
         return self._study.fetch(ref)
@@ -75,8 +75,8 @@ class ActorClient(LooksAhead):
         self._ahead: Any = None
         self._unread: list[Any] = []  # answers to pushes, read a few later so that nobody waits for the driver
 
-    def arriving(self, worker: str) -> None:
-        answer(self._study.arriving.remote(worker))
+    def arriving(self, worker: str, node: str = "", pid: int = 0) -> None:
+        answer(self._study.arriving.remote(worker, node, pid))
 
     def hello(self, worker: str, info: DataInfo) -> Assignment:
         told: Assignment = answer(self._study.hello.remote(worker, info))
@@ -95,8 +95,8 @@ class ActorClient(LooksAhead):
         if len(self._unread) > 4:
             answer(self._unread.pop(0))
 
-    def progress(self, key: str) -> None:
-        self._study.progress.remote(key)
+    def progress(self, worker: str, key: str) -> None:
+        self._study.progress.remote(worker, key)
 
     def fetch(self, ref: str) -> bytes:
         content: bytes = answer(self._study.fetch.remote(ref))

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hpsearch.events import Event, Finished, Leased, Returned, Stopped, TrialDrawn
-from hpsearch.job import Config, Job, TrainJob
+from hpsearch.job import Config, Job, TrainJob, train_key, train_parts
 from hpsearch.rungs import StoppingRule
 from hpsearch.sampler import Sampler, trial_seed
 from hpsearch.state import StudyState
@@ -137,7 +137,7 @@ class Search:
             return None
         number, config = self._drawn
         return TrainJob(
-            key=_train_key(number, 0, self._rule.first_target),
+            key=train_key(number, 0, self._rule.first_target),
             trial=number,
             config=config,
             seed=trial_seed(self._settings.study_seed, number),
@@ -173,7 +173,7 @@ class Search:
 
     def _job(self, record: TrialRecord, to_epoch: int) -> TrainJob:
         return TrainJob(
-            key=_train_key(record.number, record.epoch, to_epoch),
+            key=train_key(record.number, record.epoch, to_epoch),
             trial=record.number,
             config=record.config,
             seed=record.seed,
@@ -260,11 +260,7 @@ class Search:
             self._rule.promote(record.number, record.epoch)
 
 
-def _train_key(trial: int, from_epoch: int, to_epoch: int) -> str:
-    return f"train/{trial}/{from_epoch}-{to_epoch}"
-
-
 def _trial_of(key: str) -> int | None:
     """The trial that a training job's key names, None for other jobs."""
-    kind, _, rest = key.partition("/")
-    return int(rest.split("/")[0]) if kind == "train" else None
+    parts = train_parts(key)
+    return None if parts is None else parts[0]
