@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -29,6 +30,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from hpsearch.job import Scalar, Value
+from hpsearch.metric_names import NAMED_METRICS
 from hpsearch.space import Condition, Parameter, Space, same_value
 from hpsearch.task_source import TASK
 from hpsearch.yaml_reader import Loc, shown
@@ -109,6 +111,17 @@ def _metric_name(name: str) -> str:
     return name
 
 
+def _metric_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if name not in NAMED_METRICS:
+            near = get_close_matches(name.removeprefix("val_"), NAMED_METRICS, 1)
+            hint = f"did you mean {near[0]}?" if near else "others are given by Task.metrics()"
+            raise _slip("metric", f"`{{key}}` has no metric {as_found(name)} (known: {', '.join(NAMED_METRICS)})", hint)
+    if len(set(names)) < len(names):
+        raise _slip("duplicate-value", "`{key}` has a name twice", "keep one of them")
+    return names
+
+
 def _disk(size: str) -> str:
     if not (match := DISK.fullmatch(size)) or float(match[1]) == 0:
         hint = "such as 10GiB; units: B, KB, MB, GB, TB, KiB, MiB, GiB, TiB"
@@ -134,6 +147,20 @@ def _gpus(gpus: float) -> float:
     return gpus
 
 
+def _custom(custom: dict[str, float]) -> dict[str, float]:
+    for name, amount in custom.items():
+        key = OWN_KEYS.get(name.lower())
+        if key is not None:
+            raise _slip("custom", f"`{{key}}` names {as_found(name)}, which has a key of its own", f"write {key}")
+        if not RESOURCE.fullmatch(name):
+            what = f"`{{key}}` holds names of Ray's resources (got {as_found(name)})"
+            raise _slip("custom", what, "such as accelerator_type:A100, or what `ray start --resources` named")
+        if amount < GRAIN:
+            what = f"`{{key}}` holds amounts of at least {GRAIN:.4f}, Ray's finest (got {name}: {as_found(amount)})"
+            raise _slip("custom", what, "leave it out if none is needed" if amount == 0 else "")
+    return custom
+
+
 def _lanes(lanes: object) -> object:
     if isinstance(lanes, bool | float):  # to Python, True and 1.0 are 1
         raise _slip("option", f"`{{key}}` is auto or 1 (got {as_found(lanes)})")
@@ -149,6 +176,12 @@ def _alias(name: str) -> str:
     return name
 
 
+RESOURCE = re.compile(r"[A-Za-z_][\w.:-]{0,199}")
+GRAIN = 1e-4  # Ray counts resources in ten-thousandths
+OWN_KEYS = {
+    **dict.fromkeys(("cpu", "cpus", "num_cpus"), "resources.cpus"),
+    **dict.fromkeys(("gpu", "gpus", "num_gpus"), "resources.gpus"),
+}
 STUDY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 DISK = re.compile(r"(\d+(?:\.\d+)?) ?(B|[KMGT]i?B)")
 _DISK_UNITS = {"B": 1, **{f"{u}{i}B": (1024 if i else 1000) ** p for p, u in enumerate("KMGT", 1) for i in ("", "i")}}
@@ -198,6 +231,9 @@ class Metric(Section):
         """A goal that nobody wrote is never guessed wrongly in silence: the worst trial would win."""
         if not isinstance(raw, dict) or "goal" in raw or not isinstance(raw.get("name"), str):
             return raw
+        known = NAMED_METRICS.get(raw["name"].removeprefix("val_"))
+        if known is not None:
+            return {**raw, "goal": "maximize" if known.higher_is_better else "minimize"}
         words = raw["name"].removeprefix("val_").split("_")
         if LOWER_IS_BETTER.intersection(words):
             return {**raw, "goal": "minimize"}
@@ -417,7 +453,15 @@ class Resources(Section):
 
     cpus: float = Field(default=1.0, ge=0, description="CPU cores, or a share of one")
     gpus: Annotated[float, AfterValidator(_gpus)] = Field(
-        default=0.0, ge=0, description="GPUs: a whole number, or a share of one"
+        default=0.0,
+        ge=0,
+        description="GPUs: a share of one, one, or several; with several the task's own `fit` runs once on each, as the "
+        "ranks of a torch.distributed group",
+    )
+    custom: Annotated[dict[str, float], AfterValidator(_custom)] = Field(
+        default_factory=dict,
+        description="further resources of Ray's, by name: {highmem: 1, accelerator_type:A100: 0.001}; with several "
+        "GPUs shared evenly among the worker's processes",
     )
     lanes: Annotated[Literal["auto", 1], BeforeValidator(_lanes)] = Field(
         default="auto", description="trials that a worker trains at once; 1: bit-exact"
@@ -472,6 +516,12 @@ class Spec(Section):
         json_schema_extra={"pattern": r"^[^:]+:[^:]+$"},
     )
     metric: Metric = Metric()
+    metrics: Annotated[tuple[str, ...], AfterValidator(_metric_names)] = Field(
+        default=(),
+        strict=False,
+        description=f"measured beside the task's own, on each split: {', '.join(NAMED_METRICS)}",
+        json_schema_extra={"items": {"enum": list(NAMED_METRICS)}},
+    )
     seed: int = Field(
         default=0, ge=0, lt=2**63, description="the study's; configs, data order and weights follow from it"
     )
@@ -510,6 +560,12 @@ class Spec(Section):
     def per(self) -> tuple[str, ...]:
         """The parameters that make the branches of the LR range, whether written down or by default."""
         return self.lr_range.per if self.lr_range.per is not None else _default_per(self.parameters, self.space)
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Metrics that are asked for by name: those listed, and the one that trials are ranked by."""
+        ranked = self.metric.name.removeprefix("val_")
+        return tuple(dict.fromkeys([*self.metrics, *([ranked] if ranked in NAMED_METRICS else [])]))
 
     @property
     def measures_lr(self) -> bool:

@@ -78,6 +78,10 @@ class Task:
     """What the model's output means. None: class logits for integer targets, values for float targets. Say
     "binary_logits" where each output is the logit of a yes or no of its own."""
 
+    metric_names: tuple[str, ...] = ()
+    """Metrics by name beside those of `metrics`: f1, roc_auc, r2 and others; those of space.yaml's `metrics` and
+    `metric` come in here by themselves."""
+
     def data(self) -> Splits:
         """The splits. Called once per worker, and must give every worker the same: seed what is random."""
         raise _not_written(self, "data", "return hpsearch.Splits(train=(x, y), val=(x, y), test=(x, y))")

@@ -29,6 +29,7 @@ DRAWING = """
 2  sampler rungs lr_curve selection intervals verdict budget triage predict   # pure decisions, numpy and SciPy only
 2  leases                                                                     # of values as well
 1  hpsearch spec spec_model spec_problems yaml_reader space task task_source  # what is written
+1  metric_names                                                               # what can be named
 1  job trial state events journal blobs notes package                         # what is passed on and kept
 0  errors
 """

@@ -92,6 +92,7 @@ def test_name_task_and_parameters_are_enough_and_the_rest_has_defaults() -> None
         "name": "digits",
         "task": "digits_task.py:Digits",
         "metric": {"name": "val_loss", "goal": "minimize"},
+        "metrics": [],
         "seed": 0,
         "search": {"method": "sobol", "trials": 64},
         "parameters": {"depth": {"min": 1, "max": 3}},
@@ -202,7 +203,7 @@ def test_overrides_change_add_and_are_checked_like_the_file() -> None:
     assert problems(EXAMPLE, ["ensemble.size=30", "serch.trials=3"]) == [
         "error[ensemble-size]: --set ensemble.size: `ensemble` needs size <= pool (got size=30, pool=20)"
         "\n  hint: members come from the pool",
-        "error[unknown-key]: --set serch.trials: `serch` is not a key of space.yaml (known: name, task, metric, seed, "
+        "error[unknown-key]: --set serch.trials: `serch` is not a key of space.yaml (known: name, task, metric, metrics, seed, "
         "search, parameters, preflight, lr_range, early_stopping, finish, ensemble, resources, budget, mlflow, shuffle)"
         "\n  hint: did you mean search?",
     ]
@@ -322,7 +323,7 @@ def test_what_comes_later_says_so(lines: str, message: str) -> None:
         (
             "n_trials: 3",
             "error[unknown-key]: space.yaml:5:1: `n_trials` is not a key of space.yaml (known: name, task, metric, "
-            "seed, search, parameters, preflight, lr_range, early_stopping, finish, ensemble, resources, budget, "
+            "metrics, seed, search, parameters, preflight, lr_range, early_stopping, finish, ensemble, resources, budget, "
             "mlflow, shuffle)\n  hint: Optuna's n_trials is called trials here, under `search`",
         ),
         (

@@ -31,8 +31,10 @@ def make_executor(spec: Spec, folder: Path) -> Executor:
     from hpsearch.task import load_task
     from hpsearch.training.executor import TorchExecutor
 
+    task = load_task(spec.task, folder)
+    task.metric_names = tuple(dict.fromkeys([*task.metric_names, *spec.metric_names]))
     return TorchExecutor(
-        load_task(spec.task, folder),
+        task,
         study_seed=spec.seed,
         threads=spec.resources.threads,
         device="cuda" if spec.resources.gpus else "cpu",

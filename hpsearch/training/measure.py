@@ -22,8 +22,9 @@ from torch.nn import functional as F
 
 from hpsearch.errors import UserCodeError
 from hpsearch.job import Outputs, SplitName
-from hpsearch.task import Task
+from hpsearch.task import Task, outputs_of
 from hpsearch.training.data import StudyData
+from hpsearch.training.named_metrics import named_metrics
 from hpsearch.training.user_code import frame_of, user_code
 
 DEVICE_OUTPUT_BYTES = 256 << 20  # outputs of a split above this are gathered on the host
@@ -92,6 +93,10 @@ def output_metrics(task: Task, output: Tensor, target: Tensor) -> dict[str, floa
         if name == "loss":
             raise UserCodeError("metrics() gives `loss`, which loss() already gives", frame=frame, hint="rename it")
         metrics[name] = _number(value, f"metrics()[{name!r}]", frame)
+    wanted = [name for name in task.metric_names if name not in metrics]
+    if wanted:
+        outputs = outputs_of(task, target)
+        metrics |= named_metrics(wanted, prediction_of(output, outputs), target, outputs)
     return metrics
 
 
