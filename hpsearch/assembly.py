@@ -7,30 +7,39 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from hpsearch.archive import Archive
 from hpsearch.blobs import BlobStore
 from hpsearch.budget import Budget
+from hpsearch.corners import corners
+from hpsearch.edits import Edit, edits
 from hpsearch.errors import Problem, SpecError
-from hpsearch.events import Opened
+from hpsearch.events import Opened, TrialDrawn
 from hpsearch.job import Config
 from hpsearch.journal import Journal
-from hpsearch.rungs import make_rule
-from hpsearch.sampler import Sampler, ramp_config, trial_seed
+from hpsearch.mirror import Mirror
+from hpsearch.restore import bring_over
+from hpsearch.rungs import StoppingRule, make_rule
+from hpsearch.sampler import Sampler, SobolSampler, ramp_config, trial_seed
 from hpsearch.spec import Spec
 from hpsearch.stages import Stage
+from hpsearch.stages.baselines import Baselines
+from hpsearch.stages.confirm import Confirm, ConfirmSettings
 from hpsearch.stages.ensemble import EnsembleSettings, EnsembleStage
 from hpsearch.stages.lr_range import LrRange, LrRangeSettings
+from hpsearch.stages.preflight import Preflight, PreflightSettings
 from hpsearch.stages.search import Search, SearchSettings
 from hpsearch.state import StudyState
 from hpsearch.study import Study
 
-STAGES = ("lr_range", "search", "ensemble")
-RAMP_SEEDS_FROM = 1 << 40  # trials never have such a number, so no ramp shares a trial's seed
+if TYPE_CHECKING:
+    import numpy as np
 
-# What may differ between a study and its resume: how much, where and with what, never what is asked.
-CHANGEABLE = ("search.trials", "budget.", "resources.", "mlflow.", "ensemble.pool", "ensemble.size")
+STAGES = ("preflight", "lr_range", "search", "baselines", "confirm", "ensemble")
+RAMP_SEEDS_FROM = 1 << 40  # trials never have such a number, so no ramp shares a trial's seed
 
 MakeSampler = Callable[[Spec], Sampler]
 
@@ -42,16 +51,20 @@ def open_study(
     make_sampler: MakeSampler,
     spec_text: str = "",
     environment: Mapping[str, object] | None = None,
+    code: Mapping[str, str] | None = None,
     stages: tuple[str, ...] = STAGES,
     clock: Callable[[], float] = time.time,
     monotonic: Callable[[], float] = time.monotonic,
     background: bool = True,
     wait_s: float = 30.0,
     inherit_leases: bool = False,
+    uid: str = "",
 ) -> Study:
     """The study of a run directory, begun or gone on with.
 
     Args:
+        uid: of a study that is begun; "": one is drawn.
+        code: sha256 of the task's files by name.
         inherit_leases: the study's process was restarted under a driver and workers that live.
         stages: which of the stages to run; those that the spec switches off are left out anyway.
 
@@ -59,27 +72,43 @@ def open_study(
         UsageError: the directory is in use or cannot be written.
         SpecError: the directory's study asks for something else.
         JournalError: its journal is damaged.
+        StorageError: `storage:` fails, or another launch went on with the study from there.
     """
     journal = Journal.open(run_dir, clock=clock, steady=monotonic, wait_s=wait_s)
     try:
         before = [entry.event for entry in journal.entries if isinstance(entry.event, Opened)]
+        drawn = {e.event.trial: e.event.config for e in journal.entries if isinstance(e.event, TrialDrawn)}
         if before:  # asked first: the stages of another study could make nothing of these events
-            check_resume(Spec.from_dump(dict(before[-1].spec)), spec, run_dir)
+            check_resume(Spec.from_dump(dict(before[-1].spec)), spec, run_dir, drawn)
         state = StudyState()
-        blobs = BlobStore(run_dir)
-        told = make_stages(spec, state, make_sampler(spec), blobs, stages)
+        uid = (before[0].uid if before else uid) or uuid.uuid4().hex
+        archive = Archive(spec.storage, spec.name, uid) if spec.storage else None
+        blobs = BlobStore(run_dir, archive)
+        told = make_stages(spec, state, make_sampler(spec), blobs, stages, drawn=drawn)
         for entry in journal.entries:
             state.apply(entry.event, entry.time)
             for stage in told:
                 stage.apply(entry.event)
+        mirror = None
+        if archive is not None:
+            mirror = Mirror(
+                archive, journal, run_dir, fence=journal.fence, entries=journal.entries, restarted=inherit_leases
+            )
+            mirror.begin()
+        earlier = before[-1].spec.get("storage") if before else None
+        if isinstance(earlier, str) and earlier != spec.storage:
+            bring_over(state.digests, blobs, Archive(earlier, spec.name, uid), archive)
         opened = Opened(
             study=spec.name,
-            uid=state.uid or uuid.uuid4().hex,
+            uid=uid,
             spec=spec.dump(),
             spec_text=spec_text,
             environment=environment or {},
+            code=code or {},
         )
         state.apply(opened, journal.append(opened).time)
+        for stage in told:
+            stage.apply(opened)
         journal.commit()
         return Study(
             journal=journal,
@@ -96,6 +125,7 @@ def open_study(
             clock=monotonic,
             background=background,
             inherit_leases=inherit_leases,
+            mirror=mirror,
         )
     except BaseException:
         journal.close()
@@ -103,14 +133,30 @@ def open_study(
 
 
 def make_stages(
-    spec: Spec, state: StudyState, sampler: Sampler, blobs: BlobStore, names: tuple[str, ...] = STAGES
+    spec: Spec,
+    state: StudyState,
+    sampler: Sampler,
+    blobs: BlobStore,
+    names: tuple[str, ...] = STAGES,
+    *,
+    drawn: Collection[int] = (),
 ) -> list[Stage]:
-    """The stages that the spec asks for, in order."""
+    """The stages that the spec asks for, in order.
+
+    Args:
+        drawn: numbers of the trials that the study has, all of its journal's.
+    """
     stages: list[Stage] = []
+    if "preflight" in names and spec.preflight.enabled:
+        stages.append(_preflight(spec, state))
     if "lr_range" in names and (spec.measures_lr or "search" not in names):
         stages.append(_lr_range(spec, state))
     if "search" in names:
-        stages.append(_search(spec, state, sampler))
+        stages.append(_search(spec, state, sampler, drawn))
+    if "baselines" in names:
+        stages.append(Baselines(state, study_seed=spec.seed))
+    if "confirm" in names and spec.confirm.enabled:
+        stages.append(_confirm(spec, state, blobs))
     if "ensemble" in names:
         settings = EnsembleSettings(
             pool=spec.ensemble.pool,
@@ -121,36 +167,54 @@ def make_stages(
             goal=spec.metric.goal,
             combine=spec.ensemble.enabled,
         )
-        stages.append(EnsembleStage(settings, state, arrays=blobs.arrays))
+        stages.append(EnsembleStage(settings, state, arrays=_verified(blobs, state)))
     return stages
 
 
-def check_resume(old: Spec, new: Spec, run_dir: Path) -> None:
-    """Refuse to go on with a study under settings that would change what it asked.
+def _confirm(spec: Spec, state: StudyState, blobs: BlobStore) -> Confirm:
+    settings = ConfirmSettings(
+        trials=spec.confirm.trials,
+        seeds=spec.confirm.seeds,
+        study_seed=spec.seed,
+        metric=spec.metric.name.removeprefix("val_"),
+        goal=spec.metric.goal,
+    )
+    return Confirm(settings, state, arrays=_verified(blobs, state))
+
+
+def _verified(blobs: BlobStore, state: StudyState) -> Callable[[str], dict[str, np.ndarray]]:
+    """Reads the arrays of a blob, which are what was written or a DamagedBlob is raised."""
+    return lambda ref: blobs.arrays(ref, state.digests.get(ref, ""))
+
+
+def check_resume(old: Spec, new: Spec, run_dir: Path, configs: Mapping[int, Config]) -> tuple[Edit, ...]:
+    """What was edited since a study was opened last, where the study can go on with all of it.
+
+    Args:
+        configs: of the trials drawn so far, by number.
 
     Raises:
-        SpecError: with one problem per setting.
+        SpecError: with one problem per edit that it cannot go on with.
     """
-    problems = []
-    for key, before, after in Spec.changes(old, new):
-        fewer_trials = key == "search.trials" and _less(after, before)
-        if fewer_trials or not key.startswith(CHANGEABLE):
-            problems.append(
-                Problem(
-                    code="other-study",
-                    where=str(run_dir),
-                    what=f"its study has `{key}` = {before!r}, the space now has {after!r}",
-                    hint="put it back, or choose another --run-dir for a new study"
-                    if not fewer_trials
-                    else "a study can grow, not shrink; choose another --run-dir for a new one",
-                )
-            )
+    found = edits(old, new, configs)
+    problems = [
+        Problem(code="other-study", where=str(run_dir), what=edit.words, hint=edit.hint)
+        for edit in found
+        if edit.refused
+    ]
     if problems:
         raise SpecError(problems)
+    return found
 
 
-def _less(after: object, before: object) -> bool:
-    return isinstance(after, int) and isinstance(before, int) and after < before
+def _preflight(spec: Spec, state: StudyState) -> Preflight:
+    settings = PreflightSettings(
+        first=SobolSampler(spec.space, spec.seed).config(0, lambda config: {}) or {},
+        first_seed=trial_seed(spec.seed, 0),
+        corners=corners(spec.space, spec.per),
+        allow=spec.preflight.allow,
+    )
+    return Preflight(settings, state)
 
 
 def _lr_range(spec: Spec, state: StudyState) -> LrRange:
@@ -182,15 +246,20 @@ def _lr_bounds(spec: Spec) -> tuple[float, float]:
     return spec.lr_range.min, spec.lr_range.max
 
 
-def _search(spec: Spec, state: StudyState, sampler: Sampler) -> Search:
+def _search(spec: Spec, state: StudyState, sampler: Sampler, drawn: Collection[int]) -> Search:
     stopping = spec.early_stopping
-    rule = make_rule(
-        stopping.rule,
-        min_epochs=stopping.min_epochs,
-        max_epochs=stopping.max_epochs,
-        reduction_factor=stopping.reduction_factor,
-        n_trials=spec.search.trials,
-    )
+    # Those that were drawn stay when `trials` is lowered, and who waits for all trials waits for them too.
+    n_trials = len({*range(spec.search.trials), *drawn})
+
+    def new_rule() -> StoppingRule:
+        return make_rule(
+            stopping.rule,
+            min_epochs=stopping.min_epochs,
+            max_epochs=stopping.max_epochs,
+            reduction_factor=stopping.reduction_factor,
+            n_trials=n_trials,
+        )
+
     settings = SearchSettings(
         n_trials=spec.search.trials,
         max_epochs=stopping.max_epochs,
@@ -198,5 +267,6 @@ def _search(spec: Spec, state: StudyState, sampler: Sampler) -> Search:
         n_complete=spec.ensemble.size if spec.ensemble.enabled else 1,
         per=spec.per,
         measured=spec.space.measured if spec.measures_lr else (),
+        stopping=spec.dump()["early_stopping"],
     )
-    return Search(settings, state, sampler=sampler, rule=rule)
+    return Search(settings, state, sampler=sampler, make_rule=new_rule)

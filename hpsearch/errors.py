@@ -9,7 +9,10 @@
     ├─ TrialDiverged      recorded and searched on; not retried
     ├─ TrialFailed        retried with the same seed; carries the remote traceback
     ├─ UserCodeError      mend the task: message and the user's own frame
+    │  └─ OtherDataError  seed data(), or begin a new study where the data changed on purpose
     ├─ JournalError       the study's record is damaged; names the line
+    │  └─ DamagedBlob     a checkpoint or another file is; it is made again
+    ├─ StorageError       mend the way to `storage:`, then hpsearch launch --resume; what was finished is kept
     ├─ TrackerError       the outbox has it; hpsearch sync later
     └─ ClusterError       resume later: hpsearch launch --resume
 
@@ -137,10 +140,47 @@ class UserCodeError(HpsearchError):
         return str(Problem(code=self.code, where=self.frame, what=self.message, hint=self.hint))
 
 
+class OtherDataError(UserCodeError):
+    """Task.data() gives other rows than the study began with, or another worker got."""
+
+
 class JournalError(HpsearchError):
     """The record of a study cannot be read or written."""
 
     code = "journal"
+
+
+class StorageError(HpsearchError):
+    """The place that `storage:` names is not there, refuses, or does not answer."""
+
+    exit_code = 4
+    code = "storage"
+
+    def __init__(self, message: str, *, hint: str = "", gone: bool = False) -> None:
+        """
+        Args:
+            gone: the place answers, and does not have what was asked for.
+        """
+        super().__init__(message, hint=hint)
+        self.gone = gone
+
+
+class InStorage(StorageError):
+    """What a worker asked the study for lies in storage, where the worker reads it itself."""
+
+    def __init__(self, ref: str, digest: str) -> None:
+        super().__init__(f"{ref} is not here but in storage")
+        self.ref = ref
+        self.digest = digest
+
+
+class DamagedBlob(JournalError):
+    """A file of the run directory is gone, cut short or altered. What it held can be made again."""
+
+    def __init__(self, ref: str, why: str, *, hint: str = "hpsearch launch --resume makes it again") -> None:
+        super().__init__(f"{ref} is damaged: {why}", hint=hint)
+        self.ref = ref
+        self.why = why
 
 
 class TrackerError(HpsearchError):
@@ -155,6 +195,11 @@ class ClusterError(HpsearchError):
 
     exit_code = 4
     code = "ray"
+
+
+class ProcessSpent(Exception):
+    """This process of a worker has to end, and another to take its place. Nobody is told: nothing went wrong that a
+    person could mend, and what it had done is kept."""
 
 
 def internal_error(error: Exception) -> HpsearchError:

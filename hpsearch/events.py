@@ -23,6 +23,7 @@ class Opened:
     spec: Mapping[str, object]
     spec_text: str
     environment: Mapping[str, object] = field(default_factory=dict)  # versions, hardware, git commit, command line
+    code: Mapping[str, str] = field(default_factory=dict)  # sha256 of the task's file and those it imports, by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,11 @@ class Returned:
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """A job's result, its blobs already on disk. `epochs` are (epoch, metrics, seconds)."""
+    """A job's result, its blobs already on disk. `epochs` are (epoch, metrics, seconds).
+
+    `values` may hold `unkept`, refs of checkpoints that are not on disk: nobody would ask for them, or there was no room.
+    With `no_room` the latter, and the best checkpoint among them was wanted for the ensemble.
+    """
 
     type: ClassVar[str] = "finished"
     key: str
@@ -116,6 +121,36 @@ class Finished:
     frame: str = ""
     traceback: str = ""
     seconds: float = 0.0
+    attempt: str = ""  # told where the job may be given out again: a copy of this result is no second failure
+    digests: Mapping[str, str] = field(default_factory=dict)  # ref -> digest of its bytes, of each blob that was kept
+    stored: tuple[str, ...] = ()  # of these, refs that the worker put into storage, and that are not here
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropped:
+    """Checkpoints are there no more. Told before the files are deleted."""
+
+    type: ClassVar[str] = "dropped"
+    refs: tuple[str, ...]
+    no_room: bool = False  # they were wanted for the ensemble; without it they can be had again by training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damaged:
+    """A blob is not what was written, or is gone. What was computed stays; whoever needs the blob has it made again."""
+
+    type: ClassVar[str] = "damaged"
+    ref: str
+    message: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutOfRoom:
+    """budget.disk does not hold the checkpoints that cannot be done without; the search ends with those there are."""
+
+    type: ClassVar[str] = "out-of-room"
+    ref: str  # what could not be kept
+    n_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +159,17 @@ class Stopped:
 
     type: ClassVar[str] = "stopped"
     trial: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confirmed:
+    """How the best few stand after fresh seeds, the best first: trial, searched, confirmed, low, high, optimism, seeds,
+    chance; scores in the metric's own unit."""
+
+    type: ClassVar[str] = "confirmed"
+    epoch_of_search: int  # epochs that the search had trained; a search that went on confirms again
+    standings: tuple[Mapping[str, object], ...]
+    out: tuple[int, ...] = ()  # trials whose fresh run diverged or crashed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +193,25 @@ class Compared:
     n_trials: int
     gain: Mapping[str, object]
     intervals: Mapping[str, object] = field(default_factory=dict)  # of the ensemble's and the best's own test scores
+    over_baseline: Mapping[str, object] = field(default_factory=dict)
+    """What is delivered minus the best prediction that ignores the inputs, on rows that chose nothing: metric, value,
+    low, high, better (True or False; None: not known), split, n_rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageBehind:
+    """What is known here is not all in storage, and is not being sent: a lost disk would take it along."""
+
+    type: ClassVar[str] = "storage-behind"
+    reason: str
+    n_entries: int  # of this journal, that storage has not got
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageCaughtUp:
+    """Storage has everything again."""
+
+    type: ClassVar[str] = "storage-caught-up"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,9 +234,15 @@ Event = (
     | Leased
     | Returned
     | Finished
+    | Dropped
+    | Damaged
+    | OutOfRoom
     | Stopped
+    | Confirmed
     | Selected
     | Compared
+    | StorageBehind
+    | StorageCaughtUp
     | Ended
 )
 
@@ -188,9 +259,15 @@ EVENT_TYPES: dict[str, type[Event]] = {
         Leased,
         Returned,
         Finished,
+        Dropped,
+        Damaged,
+        OutOfRoom,
         Stopped,
+        Confirmed,
         Selected,
         Compared,
+        StorageBehind,
+        StorageCaughtUp,
         Ended,
     )
 }
@@ -213,7 +290,7 @@ def from_json(body: Mapping[str, object]) -> Event:
     cls = EVENT_TYPES.get(str(fields.pop("type", "")))
     if cls is None:
         raise ValueError(f"an event of type {body.get('type')!r} is not known to this version")
-    for name in ("epochs", "members", "pool", "scores", "per_seed_lr"):
+    for name in ("epochs", "members", "pool", "scores", "per_seed_lr", "refs", "stored", "standings", "out"):
         if name in fields and name in cls.__dataclass_fields__:
             rows = fields[name]
             assert isinstance(rows, list)

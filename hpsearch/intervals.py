@@ -96,6 +96,22 @@ def paired_interval(a_N: ArrayLike, b_N: ArrayLike, *, seed: int, level: float =
     return mean_interval(a - b, seed=seed, level=level)
 
 
+def sign_flip_chance(a_N: ArrayLike, b_N: ArrayLike, *, seed: int) -> float:
+    """How likely a mean of a - b this low is, or a lower one, if the sign of each difference were chance; for any N.
+
+    The sign-flip test, one-sided: exact for differences that are symmetric about zero.
+
+    Args:
+        a_N, b_N: one value per row; finite.
+        seed: of the flips.
+    """
+    differences = np.asarray(a_N, dtype=np.float64) - np.asarray(b_N, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    signs = rng.integers(0, 2, size=(RESAMPLES, len(differences)), dtype=np.int8) * 2 - 1
+    flipped = signs @ differences
+    return (1 + int(np.sum(flipped <= differences.sum()))) / (RESAMPLES + 1)
+
+
 def wilson_interval(successes: float, n: int, level: float = 0.95) -> Interval:
     """A proportion with Wilson's interval, which holds for few rows and near 0 and 1 too.
 

@@ -67,6 +67,53 @@ class TrainJob:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RebuildJob:
+    """Train a trial from its start to its best epoch once more, for that epoch's weights; nothing else is told."""
+
+    key: str  # "rebuild/17/5"
+    trial: int
+    config: Config
+    seed: int  # the trial's
+    epoch: int
+    checkpoint: str  # blob reference under which the weights were kept, and will be
+    kind: Literal["rebuild"] = "rebuild"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfirmJob:
+    """Train a trial's config afresh with another seed, and measure its best epoch on rows never ranked on."""
+
+    key: str  # "confirm/17/27/0"
+    trial: int
+    config: Config
+    seed: int  # not the trial's
+    epochs: int
+    kind: Literal["confirm"] = "confirm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckJob:
+    """Ask the data, or a network of the space, what preflight asks."""
+
+    key: str  # "check/network/trial 0"
+    what: Literal["data", "network", "overfit", "step"]
+    corner: str  # where in the space, in plain words; "" for the data
+    config: Config
+    seed: int  # of the network's initial weights
+    kind: Literal["check"] = "check"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineJob:
+    """Measure what a study is held against, on every split."""
+
+    key: str  # "baseline/constant"
+    name: Literal["constant", "linear"]
+    seed: int  # the study's
+    kind: Literal["baseline"] = "baseline"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Member:
     """A trial's best checkpoint and its weight in an ensemble."""
 
@@ -96,7 +143,7 @@ class ExportJob:
     kind: Literal["export"] = "export"
 
 
-Job = RampJob | ProbeJob | TrainJob | EvaluateJob | ExportJob
+Job = RampJob | ProbeJob | TrainJob | RebuildJob | ConfirmJob | CheckJob | BaselineJob | EvaluateJob | ExportJob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +155,9 @@ class EpochMetrics:
     seconds: float
 
 
-Outcome = Literal["done", "diverged", "out_of_memory", "crashed", "unusable"]
-"""unusable: nothing wrong with the trial, but what was asked cannot be given (a graph that cannot be exported)."""
+Outcome = Literal["done", "diverged", "out_of_memory", "crashed", "unusable", "damaged"]
+"""unusable: nothing wrong with the trial, but what was asked cannot be given (a graph that cannot be exported).
+damaged: a blob that the job needs is gone or altered; the worker gives the job back, and nothing is recorded of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +170,16 @@ class Result:
     probe     {"losses": [float, …], "batch_size": int, "epochs": float}
     train     {"checkpoint": ref | None, "best_checkpoint": ref | None, "resumable": bool}; None for the best: an
               earlier job holds it. `epochs` beside `values` has the curve.
+    rebuild   {"best_checkpoint": ref}
+    confirm   {"metrics": {…} of the ensemble split, "val": {…}, "epoch": int, "n_rows": int, "row_scores": ref}
+    check     {"checks": [checks.Check as JSON, …]}
+    baseline  {"metrics": {split: {…}}, "row_scores": {split: ref}}; "unusable" with a message where it makes no sense
     evaluate  {"metrics": {"loss": …, "accuracy": …}, "n_rows": int, "predictions": ref | None,
               "targets": ref | None, "row_scores": ref}
     export    {"members": {"17": {"onnx": ref | None, "weights": ref, "max_difference": float, "reason": str}},
               "input_shape": […], "input_dtype": "float32"}
+
+    When it is "damaged": {"ref": the blob's}.
     """
 
     key: str
@@ -133,10 +187,12 @@ class Result:
     values: Mapping[str, object] = field(default_factory=dict)
     epochs: tuple[EpochMetrics, ...] = ()
     blobs: Mapping[str, bytes] = field(default_factory=dict)
+    stored: Mapping[str, str] = field(default_factory=dict)  # ref -> digest of blobs that the worker put into storage
     message: str = ""  # for a bad outcome: what was found, in one line
     frame: str = ""  # the user's own frame, "file.py:12 in model"
     traceback: str = ""
     seconds: float = 0.0
+    attempt: str = ""  # the same for a result and its copies, another for each attempt; "" where nobody sends twice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,3 +261,25 @@ def train_parts(key: str) -> tuple[int, int, int] | None:
     trial, _, epochs = rest.partition("/")
     first, _, last = epochs.partition("-")
     return int(trial), int(first), int(last)
+
+
+def rebuild_key(trial: int, epoch: int) -> str:
+    """Key of the job that trains a trial's best epoch again.
+
+    >>> rebuild_key(17, 5)
+    'rebuild/17/5'
+    """
+    return f"rebuild/{trial}/{epoch}"
+
+
+def rebuild_parts(key: str) -> tuple[int, int] | None:
+    """Trial and epoch of a rebuilding job's key; None for other jobs.
+
+    >>> rebuild_parts("rebuild/17/5"), rebuild_parts("train/17/3-9")
+    ((17, 5), None)
+    """
+    kind, _, rest = key.partition("/")
+    if kind != "rebuild":
+        return None
+    trial, _, epoch = rest.partition("/")
+    return int(trial), int(epoch)

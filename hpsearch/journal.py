@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from hpsearch.errors import JournalError, UsageError
-from hpsearch.events import Event, from_json, to_json
+from hpsearch.events import Event, Opened, from_json, to_json
 from hpsearch.state import Entry
 
 FILE_NAME = "journal.jsonl"
@@ -46,6 +46,7 @@ class Journal:
         self._opened_at = max(clock(), entries[-1].time if entries else 0.0)
         self._steady = steady
         self._steady_at = steady()
+        self._n_bytes = file.tell()
         self._buffer: list[bytes] = []
         self._buffer_lock = threading.Lock()
         self._file_lock = threading.Lock()  # held over a write, so that batches reach the file in order
@@ -103,6 +104,20 @@ class Journal:
         """Number of the next entry; grows with each."""
         return self._seq
 
+    @property
+    def fence(self) -> int:
+        """This writer's number; higher than that of all before it."""
+        return self._fence
+
+    @property
+    def path(self) -> Path:
+        return Path(self._file.name)
+
+    @property
+    def n_bytes(self) -> int:
+        """How much of the file is on disk for good: whole lines."""
+        return self._n_bytes
+
     def now(self) -> float:
         """Unix time as this journal counts it: it never goes back, and jumps with no clock."""
         return round(self._opened_at + self._steady() - self._steady_at, 4)
@@ -134,6 +149,7 @@ class Journal:
                 while left:
                     left = left[self._file.write(left) :]
                 os.fsync(self._file.fileno())
+                self._n_bytes = self._file.tell()
                 with self._buffer_lock:
                     del self._buffer[: len(lines)]
             except BaseException as error:
@@ -172,6 +188,31 @@ def read_journal(run_dir: Path) -> list[Entry]:
         ) from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    return _read(raw, path)[0]
+
+
+def uid_of(run_dir: Path) -> str:
+    """The uid of a run directory's study, from its first entry; "" where there is none yet."""
+    try:
+        with (run_dir / FILE_NAME).open("rb") as file:
+            line = file.readline()
+    except OSError:
+        return ""
+    if not line.endswith(b"\n"):
+        return ""
+    event = _parse(line[:-1], run_dir / FILE_NAME, 1).event
+    return event.uid if isinstance(event, Opened) else ""
+
+
+def entries_of(raw: bytes, path: Path) -> list[Entry]:
+    """The entries of some whole lines of a journal.
+
+    Args:
+        path: of the journal, for messages.
+
+    Raises:
+        JournalError: a line is damaged.
+    """
     return _read(raw, path)[0]
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 FIRST_LEASE_S = 1800.0  # until any job was heard from: compilation, first batches
 FIRST_LEASE_OWN_LOOP_S = 12 * 3600.0  # a `fit` of the user's is heard from once an epoch, whose length nobody knows
 SHORTEST_FIRST_LEASE_S = 300.0  # another architecture may compile longer than those seen
+SHORTEST_LEASE_OWN_LOOP_S = 3600.0  # another config's epoch may take many times as long as those seen
 SHORTEST_LEASE_S = 60.0
 SILENCES = 10.0  # times the longest silence that ended well
 INHERIT_S = 15.0  # that workers have to announce their jobs to a study whose process was restarted
@@ -57,9 +58,11 @@ class LeaseBook:
         if key not in self._heard:
             return
         silence = now - self._heard[key]
-        if key in self._deadlines:
-            del self._deadlines[key]  # how long the worker was silent before, nobody knows
-        elif key in self._began:
+        if key in self._deadlines:  # how long the worker was silent before, nobody knows, nor what it is at
+            del self._deadlines[key]
+            self._heard[key] = now
+            return
+        if key in self._began:
             self._longest = max(self._longest, silence)
         else:
             self._longest_first = max(self._longest_first, silence)
@@ -74,7 +77,8 @@ class LeaseBook:
 
     def overdue(self, now: float, *, own_loop: bool = False) -> list[tuple[str, float]]:
         """Jobs that were silent for too long, each with the limit that it passed."""
-        first_s, next_s = self.first_lease_s(own_loop=own_loop), self.lease_s
+        first_s = self.first_lease_s(own_loop=own_loop)
+        next_s = first_s if own_loop else self.lease_s  # all signs of a `fit` are alike: an epoch's end
         late = [(key, INHERIT_S) for key, deadline in self._deadlines.items() if now > deadline]
         for key, at in self._heard.items():
             limit = next_s if key in self._began else first_s
@@ -91,7 +95,8 @@ class LeaseBook:
         """The same before a job's first sign of life."""
         if not self._longest_first:
             return FIRST_LEASE_OWN_LOOP_S if own_loop else FIRST_LEASE_S
-        return max(SHORTEST_FIRST_LEASE_S, self.lease_s, SILENCES * self._longest_first)
+        shortest_s = SHORTEST_LEASE_OWN_LOOP_S if own_loop else SHORTEST_FIRST_LEASE_S
+        return max(shortest_s, self.lease_s, SILENCES * self._longest_first)
 
     def died(self, key: str) -> bool:
         """A worker's process died with this job in its hands. True: once too often, the job is to blame."""

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+from hpsearch.archive import archive_of
 from hpsearch.blobs import BlobStore
 from hpsearch.job import Scalar
 from hpsearch.package import Metrics, NewMember, write_package
@@ -24,7 +25,7 @@ def pack(run_dir: Path, state: StudyState, run_ids: Mapping[int, str] | None = N
 
     Raises:
         PackageError: the folder cannot be written, or what was exported does not make a package.
-        JournalError: an exported file is gone.
+        DamagedBlob: an exported file is gone, or not as it was written.
     """
     selected, data = state.selected, state.data
     if selected is None or data is None:
@@ -32,7 +33,7 @@ def pack(run_dir: Path, state: StudyState, run_ids: Mapping[int, str] | None = N
     exported = state.results.get("export/" + "+".join(str(trial) for trial, _ in selected.members))
     if exported is None or exported.outcome != "done":
         return None
-    blobs = BlobStore(run_dir)
+    blobs = BlobStore(run_dir, archive_of(state))
     told = _mapping(exported.values["members"])
     members = []
     for trial, weight in selected.members:
@@ -43,8 +44,8 @@ def pack(run_dir: Path, state: StudyState, run_ids: Mapping[int, str] | None = N
                 trial=trial,
                 weight=weight,
                 config=state.trials[trial].config,
-                onnx=None if onnx is None else blobs.read(str(onnx)),
-                weights=blobs.read(str(files["weights"])),
+                onnx=None if onnx is None else blobs.read(str(onnx), state.digests.get(str(onnx), "")),
+                weights=blobs.read(str(files["weights"]), state.digests.get(str(files["weights"]), "")),
                 max_difference=_float(files.get("max_difference")),
                 reason=str(files.get("reason") or ""),
                 run_id=(run_ids or {}).get(trial),

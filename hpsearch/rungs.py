@@ -11,8 +11,9 @@ takes a place in a ranking. Values are minimised; equal values rank by trial num
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right, insort
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -62,6 +63,25 @@ class Promotion:
     to_epoch: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """How far a trial has come, whatever rungs it was trained to: its curve, as a rule sees it."""
+
+    trial: int
+    best_by_epoch: tuple[tuple[int, float], ...]  # (epoch, best value up to it), lowest epoch first; finite values only
+    withdrawn: bool = False  # it diverged, failed or was let go
+
+    @property
+    def epoch(self) -> int:
+        """The last one, 0 before the first."""
+        return self.best_by_epoch[-1][0] if self.best_by_epoch else 0
+
+    def value_at(self, epoch: int) -> float | None:
+        """The best value up to an epoch that the trial has reached, None before its first."""
+        place = bisect_left(self.best_by_epoch, (epoch + 1,))
+        return self.best_by_epoch[place - 1][1] if place else None
+
+
 class StoppingRule(Protocol):
     """Decides which trials go on. Every call costs O(rungs · log trials) comparisons."""
 
@@ -98,6 +118,23 @@ class StoppingRule(Protocol):
 
     def best_paused(self) -> Promotion | None:
         """For the end-game: the best paused trial of the highest rung that holds one, going to max_epochs."""
+
+    def restore(self, standings: Iterable[Standing]) -> None:
+        """Take up trials that were trained under other rungs; said once, to a new rule.
+
+        A trial has its place at every rung that it passed, with its best value up to there, and is paused at the
+        highest of them, wherever beyond it it stands. One as far as max_epochs is complete.
+        """
+
+    def may_yet_go_on(self, trial: int, epoch: int, value: float, *, n_trials: int, end_game: int) -> bool:
+        """Whether a trial that is, or would be, paused at `epoch` with this value can still be given out.
+
+        True as long as it could be if all that are still to come were worse, so True is no promise.
+
+        Args:
+            n_trials: those drawn and still to be drawn.
+            end_game: how many trials the end-game may still take.
+        """
 
     def keeps_going(self, trial: int, epoch: int) -> bool:
         """Asked right after `record`, for a trial that cannot be paused: does it train on, or end here?
@@ -181,6 +218,7 @@ class _Ladder:
         self._highest_first = tuple(reversed(self._rungs.values()))
         self._furthest: dict[int, int] = {}  # trial -> the last epoch recorded
         self._withdrawn: set[int] = set()
+        self._n_withdrawn: Counter[int] = Counter()  # by the last epoch that they were recorded at
 
     def record(self, trial: int, epoch: int, value: float) -> None:
         if not math.isfinite(value):
@@ -199,6 +237,8 @@ class _Ladder:
             self._rungs[epoch].add(trial, self._rankable(trial, value))
 
     def withdraw(self, trial: int) -> None:
+        if trial not in self._withdrawn:
+            self._n_withdrawn[self._furthest.get(trial, 0)] += 1
         self._withdrawn.add(trial)
         for rung in self._highest_first:
             rung.release(trial)
@@ -220,6 +260,18 @@ class _Ladder:
                 return Promotion(trial=rung.paused[0][1], from_epoch=rung.epoch, to_epoch=self._max_epochs)
         return None
 
+    def restore(self, standings: Iterable[Standing]) -> None:
+        for standing in standings:
+            passed = [epoch for epoch in (*self.epochs, self._max_epochs) if epoch <= standing.epoch]
+            for epoch in passed:
+                value = standing.value_at(epoch)
+                if value is not None:
+                    _Ladder.record(self, standing.trial, epoch, value)
+            for epoch in passed[:-1]:
+                self._rungs[epoch].release(standing.trial)
+            if standing.withdrawn:
+                _Ladder.withdraw(self, standing.trial)
+
     def keeps_going(self, trial: int, epoch: int) -> bool:
         if not self._was_recorded(trial, epoch):
             raise ValueError(f"trial {trial} was not recorded at epoch {epoch}")
@@ -227,6 +279,40 @@ class _Ladder:
             return False
         rung = self._rungs[epoch]
         return self._may_train_on(rung, rung.rank(trial))
+
+    def may_yet_go_on(self, trial: int, epoch: int, value: float, *, n_trials: int, end_game: int) -> bool:
+        if trial in self._withdrawn:
+            return False
+        rung = self._rungs[epoch]
+        place = (rung.value_of.get(trial, value), trial)
+        if place <= self._last_to_go_on(rung, self._most_at(rung, n_trials)):
+            return True
+        better = sum(len(other.paused) for other in self._highest_first if other.epoch > epoch)
+        return better + bisect_left(rung.paused, place) < end_game
+
+    def _most_at(self, rung: _Rung, n_trials: int) -> int:
+        """How many trials the rung can hold in the end."""
+        most = n_trials - self._n_withdrawn[0]
+        for below in self._rungs.values():
+            if below is rung:
+                break
+            n_stuck = len(below.paused) - bisect_right(below.paused, self._last_to_go_on(below, most))
+            most -= n_stuck + self._n_withdrawn[below.epoch]
+        return max(most, len(rung))
+
+    def _last_to_go_on(self, rung: _Rung, most: int) -> tuple[float, float]:
+        """The worst place (value, trial) from which a trial can go on, if the rung comes to hold `most` trials.
+
+        Those to come are taken to be worse than all who are there, which is the best that can happen to these.
+        """
+        reach = self._reach(rung, most)
+        if reach > len(rung):
+            return (math.inf, math.inf)
+        return rung.ranking[reach - 1] if reach else (-math.inf, -math.inf)
+
+    def _reach(self, rung: _Rung, most: int) -> int:
+        """How many of the best can go on in the end, where the rung comes to hold `most` trials."""
+        raise NotImplementedError  # abstract, as _may_go_on, of which it is the limit
 
     def _was_recorded(self, trial: int, epoch: int) -> bool:
         if epoch == self._max_epochs:
@@ -265,6 +351,9 @@ class PromotionAsha(_Ladder):
 
     def _may_go_on(self, rung: _Rung, rank: int) -> bool:
         return rank < len(rung) // self._reduction_factor
+
+    def _reach(self, rung: _Rung, most: int) -> int:
+        return most // self._reduction_factor
 
     def _may_train_on(self, rung: _Rung, rank: int) -> bool:
         return rank < max(1, len(rung) // self._reduction_factor)
@@ -310,11 +399,20 @@ class SynchronousHalving(_Ladder):
         super().withdraw(trial)
         self._arrive(trial)
 
+    def restore(self, standings: Iterable[Standing]) -> None:
+        standings = tuple(standings)
+        super().restore(standings)  # all of them before anything is decided: nobody is on the way yet
+        self._arrived.update(s.trial for s in standings if s.withdrawn or s.trial in self._furthest)
+        self._decide_what_can_be()
+
     def _arrive(self, trial: int) -> None:
         """Decides the rungs that waited for nobody but this trial, lowest first."""
         self._arrived.add(trial)
         if trial in self._awaited and not self._is_on_its_way(trial):
             self._awaited.remove(trial)
+        self._decide_what_can_be()
+
+    def _decide_what_can_be(self) -> None:
         while self._n_decided < len(self.epochs) and self._all_have_come():
             self._decide(self._rungs[self.epochs[self._n_decided]])
 
@@ -335,6 +433,9 @@ class SynchronousHalving(_Ladder):
     def _may_go_on(self, rung: _Rung, rank: int) -> bool:
         is_decided = rung.epoch in self.epochs[: self._n_decided]
         return is_decided and rank < len(rung) // self._reduction_factor
+
+    def _reach(self, rung: _Rung, most: int) -> int:
+        return most // self._reduction_factor
 
     def _may_train_on(self, rung: _Rung, rank: int) -> bool:
         return rank < max(1, len(rung) // self._reduction_factor)
@@ -367,6 +468,13 @@ class MedianRule(_Ladder):
             for place in ((n_others - 1) // 2, n_others // 2)
         )
         return rung.ranking[rank][0] <= lower / 2 + upper / 2  # halved first: the sum of two floats may overflow
+
+    def _reach(self, rung: _Rung, most: int) -> int:
+        return most if len(rung) <= MEDIAN_GRACE else (most - 1) // 2 + 1
+
+    def _last_to_go_on(self, rung: _Rung, most: int) -> tuple[float, float]:
+        value, _ = super()._last_to_go_on(rung, most)
+        return (value, math.inf if value > -math.inf else value)  # equal values are at the median together
 
 
 class NoStopping(_Ladder):

@@ -14,6 +14,7 @@ from typing import Any
 from hpsearch.errors import Problem, SpecError
 from hpsearch.spec_model import (
     Budget,
+    Confirm,
     EarlyStopping,
     Ensemble,
     Finish,
@@ -31,6 +32,7 @@ from hpsearch.yaml_reader import MAX_BYTES, Document, Place, read_document, with
 
 __all__ = [
     "Budget",
+    "Confirm",
     "EarlyStopping",
     "Ensemble",
     "Finish",

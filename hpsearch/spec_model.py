@@ -29,9 +29,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from hpsearch.checks import NAMES
 from hpsearch.job import Scalar, Value
 from hpsearch.metric_names import NAMED_METRICS
 from hpsearch.space import Condition, Parameter, Space, same_value
+from hpsearch.storage import read_uri
 from hpsearch.task_source import TASK
 from hpsearch.yaml_reader import Loc, shown
 
@@ -122,11 +124,29 @@ def _metric_names(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+def _check_codes(codes: tuple[str, ...]) -> tuple[str, ...]:
+    for code in codes:
+        if code not in NAMES:
+            near = get_close_matches(code, NAMES, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(NAMES)}"
+            raise _slip("check", f"`{{key}}` names no check (got {as_found(code)})", hint)
+    return codes
+
+
 def _disk(size: str) -> str:
     if not (match := DISK.fullmatch(size)) or float(match[1]) == 0:
         hint = "such as 10GiB; units: B, KB, MB, GB, TB, KiB, MiB, GiB, TiB"
         raise _slip("disk", f"`{{key}}` is a number above 0 and a unit (got {as_found(size)})", hint)
     return size
+
+
+def _storage(uri: str | None) -> str | None:
+    if uri is not None:
+        try:
+            read_uri(uri)
+        except ValueError as error:
+            raise _slip("storage", *error.args) from None
+    return uri
 
 
 def _mlflow_name(name: str | None) -> str | None:
@@ -373,7 +393,13 @@ ParameterForm = Annotated[
 class Preflight(Section):
     """Checks of the network before anything is spent on it."""
 
-    enabled: bool = Field(default=False, description="not built yet: true is refused")
+    enabled: bool = Field(default=True, description="false: nothing is checked; recorded in MLflow")
+    allow: Annotated[tuple[str, ...], AfterValidator(_check_codes)] = Field(
+        default=(),
+        strict=False,
+        description="checks that may fail without stopping the launch, by code: loss-at-init, overlap, …",
+        json_schema_extra={"items": {"enum": list(NAMES)}},
+    )
 
 
 class LrRange(Section):
@@ -433,6 +459,14 @@ class Finish(Section):
     extra_epochs: int = Field(default=9, ge=1, description="for how many epochs")
 
 
+class Confirm(Section):
+    """Trains the best few again with fresh seeds, on rows that the search never ranked. Writing it switches it on."""
+
+    enabled: bool = Field(default=True, description="false: the winner is told with the search's own score alone")
+    trials: int = Field(default=3, ge=1, description="how many of the best trials are confirmed")
+    seeds: int = Field(default=3, ge=1, description="the most fresh seeds that each of them gets")
+
+
 class Ensemble(Section):
     """Chooses checkpoints that help each other."""
 
@@ -459,7 +493,7 @@ class Resources(Section):
         "ranks of a torch.distributed group",
     )
     custom: Annotated[dict[str, float], AfterValidator(_custom)] = Field(
-        default_factory=dict,
+        default={},
         description="further resources of Ray's, by name: {highmem: 1, accelerator_type:A100: 0.001}; with several "
         "GPUs shared evenly among the worker's processes",
     )
@@ -534,10 +568,21 @@ class Spec(Section):
     lr_range: LrRange = LrRange()
     early_stopping: EarlyStopping = EarlyStopping()
     finish: Finish = Finish()
+    baselines: dict[str, Number] = Field(
+        default_factory=dict,
+        description="values of the study's metric to be held against, by name: {human: 0.98}; measured by themselves: "
+        "ignoring the inputs, and a linear model",
+    )
+    confirm: Confirm = Confirm(enabled=False)
     ensemble: Ensemble = Ensemble()
     resources: Resources = Resources()
     budget: Budget = Budget()
     mlflow: Mlflow = Mlflow()
+    storage: Annotated[str | None, AfterValidator(_storage)] = Field(
+        default=None,
+        description="s3://bucket/prefix, gs://bucket/prefix, file:///folder or an absolute path that every machine "
+        "reaches: the study is mirrored there, and large checkpoints go by way of it",
+    )
     shuffle: bool = Field(
         default=True, description="whether each epoch has an order of its own; false for data in sequence"
     )
@@ -566,6 +611,11 @@ class Spec(Section):
         """Metrics that are asked for by name: those listed, and the one that trials are ranked by."""
         ranked = self.metric.name.removeprefix("val_")
         return tuple(dict.fromkeys([*self.metrics, *([ranked] if ranked in NAMED_METRICS else [])]))
+
+    @property
+    def cuts_val(self) -> bool:
+        """Whether half of val is set aside, for what must not be ranked on."""
+        return self.ensemble.enabled or self.confirm.enabled
 
     @property
     def measures_lr(self) -> bool:
@@ -608,9 +658,7 @@ class Spec(Section):
         """
         return tuple(_differences(old.dump(), new.dump(), ""))
 
-    NOT_BUILT: ClassVar[frozenset[str]] = frozenset(
-        {"baseline", "baselines", "confirm", "evaluate", "distill", "storage", "precision"}
-    )
+    NOT_BUILT: ClassVar[frozenset[str]] = frozenset({"baseline", "evaluate", "distill", "precision"})
 
 
 Choices.model_rebuild()

@@ -104,9 +104,6 @@ def _without_unbuilt(raw: Mapping[str, Any], report: _Report) -> dict[str, Any]:
         refuse((key,), f"`{key}`", "leave it out")
         del kept[key]
     section = _section(kept, "resources")
-    if "custom" in section:
-        refuse(("resources", "custom"), "`resources.custom`", "leave it out")
-        del section["custom"]
     lanes = section.get("lanes")
     if isinstance(lanes, int) and not isinstance(lanes, bool) and lanes > 1:
         refuse(("resources", "lanes"), f"`lanes: {lanes}`", "write lanes: auto or lanes: 1", at_key=False)

@@ -7,19 +7,24 @@ same events here. Applying an event costs about the same for the first and the t
 from __future__ import annotations
 
 import dataclasses
+import heapq
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from hpsearch.events import (
     Arrived,
     Compared,
+    Confirmed,
+    Damaged,
     DataSeen,
+    Dropped,
     Ended,
     Event,
     Finished,
     Leased,
     Opened,
+    OutOfRoom,
     RangeMeasured,
     Returned,
     Selected,
@@ -28,8 +33,8 @@ from hpsearch.events import (
     Stopped,
     TrialDrawn,
 )
-from hpsearch.job import Config, DataInfo, EpochMetrics
-from hpsearch.trial import TrialRecord, TrialState
+from hpsearch.job import Config, DataInfo, EpochMetrics, rebuild_key, rebuild_parts
+from hpsearch.trial import Missing, TrialRecord, TrialState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,19 +57,29 @@ class Improvement:
     objective: float  # minimised
 
 
+CHECKED = ("task", "parameters", "seed", "metric")  # what preflight's verdicts depend on, beside the code and the data
+
+
 @dataclass
 class StudyState:
     """What is known of a study. Only `apply` changes it."""
 
+    first_opened: Opened | None = None
     opened: Opened | None = None
+    edited: bool = False  # some driver had another spec than the one before
     opened_at: float = 0.0  # of the first driver
     resumed_at: list[float] = field(default_factory=list)  # of each driver, the first included
     last_at: float = 0.0
     worked_s: float = 0.0  # seconds that earlier drivers were at work
     data: DataInfo | None = None
     trials: dict[int, TrialRecord] = field(default_factory=dict)
-    ranges: list[RangeMeasured] = field(default_factory=list)
+    ranges: list[RangeMeasured] = field(default_factory=list)  # one per branch
+    range_edits: int = 0  # how often all ranges were given up, since what they were concluded from was edited
+    ramp_epochs: float = 0.0  # trained by all ramps and probes, also by those whose settings were edited since
     results: dict[str, Finished] = field(default_factory=dict)  # finished jobs but for training, by key
+    owners: dict[str, int] = field(default_factory=dict)  # ref of each checkpoint that is there -> its trial
+    digests: dict[str, str] = field(default_factory=dict)  # ref -> digest of what was written
+    out_of_room: bool = False  # budget.disk holds no more of what cannot be done without
     leases: dict[str, Leased] = field(default_factory=dict)  # in workers' hands, by key
     returned: set[str] = field(default_factory=set)  # keys of jobs that were given out and came back without a result
     began: dict[str, float] = field(default_factory=dict)  # stage -> time of its (latest) start
@@ -75,6 +90,7 @@ class StudyState:
     seats: dict[str, Arrived] = field(default_factory=dict)  # worker -> where its process began last
     alone: set[str] = field(default_factory=set)  # keys of jobs that ran out of memory, to be tried without company
     improvements: list[Improvement] = field(default_factory=list)  # best-so-far of the search, in order
+    confirmed: Confirmed | None = None
     selected: Selected | None = None
     compared: Compared | None = None
     ended: Ended | None = None
@@ -82,6 +98,7 @@ class StudyState:
     budget_spent: str = ""  # the limit that ended the search, "" where none did
     _busy_s: float = 0.0  # of all workers together, up to their last lease that ended
     _busy_since: dict[str, float] = field(default_factory=dict)  # worker -> when it had nothing to do last
+    _busy_since_sum: float = 0.0  # of these times, counted from `opened_at`
     _n_held: Counter[str] = field(default_factory=Counter)  # worker -> jobs in its hands
     _metric: str = "val_loss"
     _sign: float = 1.0
@@ -122,7 +139,8 @@ class StudyState:
 
     def busy_s(self, now: float) -> float:
         """Seconds that workers held jobs, over all workers and drivers; time without a driver counts for nobody."""
-        return self._busy_s + sum(now - since for since in self._busy_since.values())
+        # Asked at every question for work, so nothing is summed over a thousand workers here.
+        return self._busy_s + len(self._busy_since) * (now - self.opened_at) - self._busy_since_sum
 
     def is_alone(self, key: str) -> bool:
         """Whether a job has run out of memory once, and is to run with nothing beside it."""
@@ -134,13 +152,51 @@ class StudyState:
 
     def best(self) -> TrialRecord | None:
         """The best usable trial."""
-        return min((t for t in self.trials.values() if t.usable), key=lambda t: t.sort_key, default=None)
+        return next(iter(self.candidates(1)), None)
+
+    @property
+    def beats_baseline(self) -> bool | None:
+        """Whether what is delivered is better than ignoring the inputs, beyond noise; None where that is not known."""
+        found = self.compared.over_baseline.get("better") if self.compared is not None else None
+        return found if isinstance(found, bool) else None
+
+    @property
+    def baseline_loss(self) -> float | None:
+        """Loss on val of the best prediction that ignores the inputs; None before it is measured."""
+        result = self.results.get("baseline/constant")
+        metrics = result.values.get("metrics") if result is not None and result.outcome == "done" else None
+        return float(metrics["val"]["loss"]) if isinstance(metrics, dict) else None
+
+    @property
+    def winner(self) -> int | None:
+        """The trial that fresh seeds made the best; None where nothing was confirmed."""
+        rows = self.confirmed.standings if self.confirmed is not None else ()
+        return int(str(rows[0]["trial"])) if rows else None
+
+    def candidates(self, n: int) -> list[TrialRecord]:
+        """The best usable trials, at most `n`, best first.
+
+        One whose checkpoint is not there counts, since it can be trained again; but not where there was no room for
+        that of a better one.
+        """
+        full_from = min((t.sort_key for t in self.trials.values() if t.missing is Missing.NO_ROOM), default=None)
+        usable = (
+            trial
+            for trial in self.trials.values()
+            if trial.usable and (trial.best_checkpoint is not None or full_from is None or trial.sort_key < full_from)
+        )
+        return heapq.nsmallest(n, usable, key=lambda trial: trial.sort_key)
 
     def counts(self) -> dict[TrialState, int]:
         counts = dict.fromkeys(TrialState, 0)
         for trial in self.trials.values():
             counts[trial.state] += 1
         return counts
+
+    @property
+    def metric(self) -> str:
+        """The study's, with its split."""
+        return self._metric
 
     def objective(self, metrics: dict[str, float]) -> float:
         """The study's metric of one epoch, turned so that smaller is better.
@@ -149,6 +205,17 @@ class StudyState:
             KeyError: the metric is not among them.
         """
         return self._sign * metrics[self._metric]
+
+    def best_by_epoch(self, trial: TrialRecord) -> tuple[tuple[int, float], ...]:
+        """A trial's (epoch, best objective up to it), from the first finite one on."""
+        best, rows = None, []
+        for row in trial.curve:
+            value = self.objective(row.metrics) if self._metric in row.metrics else None
+            if value is not None and value - value == 0.0 and (best is None or value < best):
+                best = value
+            if best is not None:
+                rows.append((row.epoch, best))
+        return tuple(rows)
 
     def range_of(self, branch: Config) -> RangeMeasured | None:
         """The learning-rate range of a branch, None before it is measured."""
@@ -169,6 +236,8 @@ class StudyState:
             case StageBegan(stage=stage):
                 if stage == "search" and self.search_ended:
                     self._forget_ensemble()
+                if stage == "search":
+                    self.budget_spent = ""
                 self.began.pop(stage, None)
                 self.began[stage] = time
                 self.ended_stages.discard(stage)
@@ -179,7 +248,7 @@ class StudyState:
                 self.ended_stages.add(stage)
                 self._mark_search()
             case RangeMeasured():
-                self.ranges.append(event)
+                self.ranges = [*(found for found in self.ranges if found.branch != event.branch), event]
             case TrialDrawn():
                 self.trials[event.trial] = TrialRecord(
                     number=event.trial,
@@ -198,8 +267,17 @@ class StudyState:
             case Stopped(trial=number):
                 self.trials[number].let_go = True
                 self.trials[number].ended_at = time
+            case Dropped(refs=refs, no_room=no_room):
+                for ref in refs:
+                    self._lose(ref, Missing.NO_ROOM if no_room else Missing.DROPPED)
+            case Damaged(ref=ref):
+                self._damage(ref)
+            case OutOfRoom():
+                self.out_of_room = True
+            case Confirmed():
+                self.confirmed = event
             case Selected():
-                self.selected = event
+                self.selected, self.compared = event, None
             case Compared():
                 self.compared = event
             case Ended():
@@ -215,6 +293,7 @@ class StudyState:
         if isinstance(stopping, dict):
             self._max_epochs = int(stopping["max_epochs"])
         if self.opened is None:
+            self.first_opened = event
             self.opened_at = time
         else:
             # Time between two drivers counts for nobody: a stage that was under way begins anew.
@@ -222,10 +301,21 @@ class StudyState:
             for worker, since in self._busy_since.items():
                 self._busy_s += last_at - since
                 self._busy_since[worker] = time
+            self._busy_since_sum = len(self._busy_since) * (time - self.opened_at)
             for stage in [name for name in self.began if name not in self.ended_stages]:
                 self.stage_s[stage] = self.stage_s.get(stage, 0.0) + last_at - self.began.pop(stage)
             if self.opened.spec.get("ensemble") != spec.get("ensemble"):
                 self.selected = self.compared = None  # chosen by other settings
+            if self.opened.spec.get("confirm") != spec.get("confirm"):
+                self.confirmed = self.selected = self.compared = None
+            if _part(self.opened.spec, "budget", ("disk",)) != _part(spec, "budget", ("disk",)):
+                self._make_room()
+            if self.opened.spec != spec:
+                self.edited = True
+                self.returned.clear()  # nobody would be given these jobs any more, or not for the same reason
+                self._forget_ranges(self.opened.spec, spec)
+            if self.opened.code != event.code or any(self.opened.spec.get(k) != spec.get(k) for k in CHECKED):
+                self.results = {k: v for k, v in self.results.items() if not k.startswith("check/")}
         if self.ended is not None and self.ended.reason == "failed":
             self._forgive()
         self.opened = event
@@ -239,13 +329,30 @@ class StudyState:
         self.results = {key: result for key, result in self.results.items() if result.outcome != "crashed"}
         for trial in self.trials.values():
             trial.crashes = 0 if not trial.failed else trial.crashes
+            if trial.missing is Missing.SPOILT:
+                trial.missing = Missing.DROPPED
+
+    def _forget_ranges(self, old: Mapping[str, object], new: Mapping[str, object]) -> None:
+        """Ranges are concluded anew when the user's bounds or the ramps were edited, from those ramps that still hold.
+
+        Ranges stay as they are where anything else was edited, since old trials were drawn from them.
+        """
+        ramps = [_part(spec, "lr_range", ("min", "max", "steps")) for spec in (old, new)]
+        if ramps[0] != ramps[1]:
+            self.results = {k: v for k, v in self.results.items() if not k.startswith(("ramp/", "probe/"))}
+        seeds = [_part(spec, "lr_range", ("seeds",)) for spec in (old, new)]
+        bounds = [lr_bounds(spec.get("parameters")) for spec in (old, new)]
+        if ramps[0] != ramps[1] or seeds[0] != seeds[1] or bounds[0] != bounds[1]:
+            self.range_edits += bool(self.ranges)
+            self.ranges = []
 
     def _forget_ensemble(self) -> None:
         """The search goes on: trials get other checkpoints, so what was measured of the old ones holds no longer."""
         self.results = {k: v for k, v in self.results.items() if not k.startswith(("evaluate/", "export/"))}
-        self.selected = self.compared = None
-        self.ended_stages.discard("ensemble")
-        self.began.pop("ensemble", None)
+        self.confirmed = self.selected = self.compared = None
+        for stage in ("confirm", "ensemble"):
+            self.ended_stages.discard(stage)
+            self.began.pop(stage, None)
 
     def _mark_search(self) -> None:
         ended = self.search_ended
@@ -258,7 +365,9 @@ class StudyState:
         self.returned.discard(event.key)
         self.n_leased_epochs += event.to_epoch - event.from_epoch
         self._n_held[event.worker] += 1
-        self._busy_since.setdefault(event.worker, time)
+        if event.worker not in self._busy_since:
+            self._busy_since[event.worker] = time
+            self._busy_since_sum += time - self.opened_at
         if event.trial is not None:
             trial = self.trials[event.trial]
             trial.leased = event.key
@@ -275,7 +384,9 @@ class StudyState:
         self.n_leased_epochs -= lease.to_epoch - lease.from_epoch
         self._n_held[lease.worker] -= 1
         if not self._n_held[lease.worker]:
-            self._busy_s += time - self._busy_since.pop(lease.worker)
+            since = self._busy_since.pop(lease.worker)
+            self._busy_s += time - since
+            self._busy_since_sum -= since - self.opened_at
         if lease.trial is not None:
             self.trials[lease.trial].leased = None
             self.trials[lease.trial].leased_to = None
@@ -291,6 +402,11 @@ class StudyState:
             self.alone.discard(event.key)
         if event.trial is None:
             self.results[event.key] = event
+            self.digests.update(event.digests)
+            if event.key.startswith("rebuild/"):
+                self._rebuild(event)
+            if event.key.startswith(("ramp/", "probe/")):
+                self.ramp_epochs += float(str(event.values.get("epochs", 0.0)))
             return
         trial = self.trials[event.trial]
         trial.ended_at = time
@@ -300,9 +416,7 @@ class StudyState:
                 self._learn(trial, EpochMetrics(epoch=epoch, metrics=metrics, seconds=seconds))
         match event.outcome:
             case "done" | "diverged":
-                checkpoint, best = event.values.get("checkpoint"), event.values.get("best_checkpoint")
-                trial.checkpoint = None if checkpoint is None else str(checkpoint)
-                trial.best_checkpoint = trial.best_checkpoint if best is None else str(best)
+                self._take_checkpoints(trial, event)
                 trial.diverged = event.outcome == "diverged"
             case "out_of_memory":
                 trial.out_of_memory += 1
@@ -313,6 +427,75 @@ class StudyState:
             self._compare_with_best(trial, time)
         # One retry with the same seed: a second crash of the same trial is no accident.
         trial.failed = trial.crashes > 1 or (event.outcome == "out_of_memory" and event.key not in self.alone)
+
+    # Checkpoints
+
+    def _take_checkpoints(self, trial: TrialRecord, event: Finished) -> None:
+        checkpoint, best = event.values.get("checkpoint"), event.values.get("best_checkpoint")
+        before = {trial.checkpoint, trial.best_checkpoint}
+        trial.checkpoint = None if checkpoint is None else str(checkpoint)
+        if best is not None:
+            trial.best_checkpoint = trial.best_ref = str(best)
+            trial.missing = None
+        now = {trial.checkpoint, trial.best_checkpoint}
+        for ref in before - now:
+            self._forget_ref(ref)
+        for ref in now:
+            if ref is not None:
+                self.owners[ref] = trial.number
+        self.digests.update(event.digests)
+        unkept = event.values.get("unkept")
+        for ref in unkept if isinstance(unkept, (list, tuple)) else ():
+            self._lose(str(ref), Missing.NO_ROOM if event.values.get("no_room") else Missing.DROPPED)
+
+    def _rebuild(self, event: Finished) -> None:
+        """A best checkpoint was trained again, if it is still the trial's best."""
+        parts = rebuild_parts(event.key)
+        assert parts is not None
+        trial = self.trials[parts[0]]
+        if trial.best_epoch != parts[1]:
+            return
+        if event.outcome != "done":
+            trial.missing = Missing.SPOILT
+            return
+        ref = str(event.values["best_checkpoint"])
+        trial.best_checkpoint = trial.best_ref = ref
+        trial.missing = None
+        self.owners[ref] = trial.number
+        if event.values.get("unkept"):
+            self._lose(ref, Missing.NO_ROOM)
+
+    def _lose(self, ref: str, why: Missing) -> None:
+        """A trial's checkpoint is not there; it may be its last and its best."""
+        number = self.owners.get(ref)
+        self._forget_ref(ref)
+        if number is None:
+            return
+        trial = self.trials[number]
+        if trial.checkpoint == ref:
+            trial.checkpoint = None
+        if trial.best_checkpoint == ref:
+            trial.best_checkpoint, trial.missing = None, why
+            self.results.pop(rebuild_key(number, trial.best_epoch or 0), None)
+
+    def _damage(self, ref: str) -> None:
+        if ref in self.owners:
+            self._lose(ref, Missing.DROPPED)
+            return
+        self._forget_ref(ref)
+        self.results = {key: result for key, result in self.results.items() if not _names(result.values, ref)}
+
+    def _forget_ref(self, ref: str | None) -> None:
+        if ref is not None:
+            self.owners.pop(ref, None)
+            self.digests.pop(ref, None)
+
+    def _make_room(self) -> None:
+        """Another budget: what it could not hold may be had again."""
+        self.out_of_room = False
+        for trial in self.trials.values():
+            if trial.missing is Missing.NO_ROOM:
+                trial.missing = Missing.DROPPED
 
     def _compare_with_best(self, trial: TrialRecord, time: float) -> None:
         value = trial.best_objective
@@ -326,6 +509,37 @@ class StudyState:
         value = self.objective(row.metrics)
         if value - value == 0.0 and (trial.best_objective is None or value < trial.best_objective):
             trial.best_objective, trial.best_epoch = value, row.epoch
+
+
+def lr_bounds(parameters: object) -> list[tuple[object, object]]:
+    """The bounds of every `lr` in a dumped spec's parameters, those within choices too, in order.
+
+    >>> lr_bounds({"lr": {"min": 0.001, "max": 0.1}, "width": {"min": 8, "max": 64}})
+    [(0.001, 0.1)]
+    """
+    found: list[tuple[object, object]] = []
+    for name, form in parameters.items() if isinstance(parameters, Mapping) else ():
+        if isinstance(form, Mapping):
+            if name == "lr" and "min" in form:
+                found.append((form["min"], form["max"]))
+            choices = form.get("choices")
+            for inner in choices.values() if isinstance(choices, Mapping) else ():
+                found += lr_bounds(inner)
+    return found
+
+
+def _part(spec: Mapping[str, object], section: str, keys: tuple[str, ...]) -> list[object]:
+    found = spec.get(section)
+    return [found.get(key) if isinstance(found, Mapping) else None for key in keys]
+
+
+def _names(values: object, ref: str) -> bool:
+    """Whether a reference is among a result's values, at any depth."""
+    if isinstance(values, Mapping):
+        return any(_names(value, ref) for value in values.values())
+    if isinstance(values, (list, tuple)):
+        return any(_names(value, ref) for value in values)
+    return values == ref
 
 
 def data_info(fields: dict[str, object]) -> DataInfo:

@@ -14,22 +14,29 @@ import queue
 import threading
 import time as time_module
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import takewhile
 
-from hpsearch.blobs import BlobStore
+from hpsearch.blobs import BlobStore, digest_of
 from hpsearch.budget import Budget, Spent, exhausted
-from hpsearch.errors import HpsearchError, UserCodeError, internal_error
+from hpsearch.errors import DamagedBlob, HpsearchError, UserCodeError, internal_error
 from hpsearch.events import Arrived, DataSeen, Ended, Event, Finished, Leased, Returned, StageBegan, StageEnded
 from hpsearch.job import Assignment, DataInfo, Job, Result, TrainJob, train_parts
 from hpsearch.journal import Journal
+from hpsearch.keeping import Admission, Keeping
 from hpsearch.leases import INHERIT_S, MOST_DEATHS, LeaseBook, Seat
+from hpsearch.mirror import Mirror
 from hpsearch.stages import Stage
+from hpsearch.stages.preflight import Preflight
 from hpsearch.stages.search import Search
 from hpsearch.state import Entry, StudyState
 from hpsearch.triage import Crash, common_crash, no_usable_trial
 
 MOST_FALSE_STARTS = 3  # deaths of one worker before it has loaded its data
 LOOK_FOR_OVERDUE_S = 1.0  # at the leases, at most this often
+DRAIN_S = 30.0  # that storage gets at the end of a study to take the rest
+HURRIED_DRAIN_S = 3.0  # the same after Ctrl-C, SIGTERM or an error
+TOGETHER = ("lr_range", "search", "baselines")  # stages whose jobs may run side by side
 COMMIT_EVERY_S = 0.5  # leases reach the disk at least this often; results at once
 CRASHES_TO_STOP = 3  # jobs that end by the same traceback before the study is stopped
 
@@ -48,9 +55,11 @@ class Study:
         clock: Callable[[], float] = time_module.monotonic,
         background: bool = True,
         inherit_leases: bool = False,
+        mirror: Mirror | None = None,
     ) -> None:
         """
         Args:
+            mirror: follows the journal and the blobs while the study is open.
             inherit_leases: this study's process was restarted under a driver and workers that live: what the journal
                 says is in their hands stays there, if they announce it soon.
             state: after the journal's entries and this driver's Opened event; `stages` were told the same.
@@ -60,6 +69,7 @@ class Study:
         self._state = state
         self._stages = list(stages)
         self._blobs = blobs
+        self._mirror = mirror
         self._budget = budget or Budget()
         self._clock = clock
         self._changed = threading.Condition()
@@ -71,11 +81,14 @@ class Study:
         self._lives: Counter[str] = Counter()  # how often a worker of this name has arrived
         self._arrivals: Counter[str] = Counter()  # since it last got as far as its data
         self._unkept: Counter[str] = Counter()  # results of a worker that do not count yet
+        # A failed job is given out again under its key, so a copy of the failure must be told from another failure.
+        self._attempts = {e.event.attempt for e in journal.entries if isinstance(e.event, Finished)} - {""}
         self._crashes: list[Crash] = []
         self._began_at = clock()
         self._failure: HpsearchError | None = None
         self._ended = False
         self._spent = ""  # the budget that is used up
+        self._keeping = Keeping(state, blobs, self._stages, limit_bytes=self._budget.disk_bytes)
         with self._changed:
             workers = {trial.worker for trial in state.trials.values()}
             if inherit_leases:
@@ -85,16 +98,21 @@ class Study:
                 for lease in list(state.leases.values()):
                     self._record(Returned(key=lease.key, worker=lease.worker, reason="the driver went"))
                 self._forget_memory_of(workers)
-            grown = next((s for s in self._stages if s.name in state.ended_stages and not s.finished()), None)
-            if grown is not None:
-                self._record(StageBegan(stage=grown.name))
+            for event in self._keeping.begin():
+                self._record(event)
+            for stage in self._stages:  # an edit may have given new work to several that were through
+                if stage.name in state.ended_stages and not stage.finished():
+                    self._record(StageBegan(stage=stage.name))
+            for event in self._keeping.sweep():
+                self._record(event)
             self._advance()
+        self._keep_house()
         self._inbox: queue.SimpleQueue[list[tuple[str, Result]] | None] = queue.SimpleQueue()
         self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True) if background else None
         if self._keeper is not None:
             self._keeper.start()
-        else:
-            self._journal.commit()
+        if mirror is not None:
+            mirror.start(self._tell, self._fail)
 
     # What workers call
 
@@ -153,7 +171,7 @@ class Study:
             while True:
                 if self._ended:
                     return Assignment(ended=True)
-                if life != self._lives[worker]:
+                if life != self._lives[worker] or worker in self._gone:
                     return Assignment()  # whoever asked has died meanwhile
                 self._expire_leases()
                 self._watch_budget()
@@ -195,8 +213,21 @@ class Study:
                 self._adopt(worker, key)
 
     def fetch(self, ref: str) -> bytes:
-        """A blob's content."""
-        return self._blobs.read(ref)
+        """A blob's content.
+
+        Raises:
+            DamagedBlob: it is gone, or not what was written; it will be made again, and the job that needs it given out
+                again.
+            InStorage: the same, in a study that is mirrored: whoever asked reads it there.
+        """
+        with self._changed:
+            digest = self._state.digests.get(ref, "")
+        try:
+            return self._blobs.fetch(ref, digest)
+        except DamagedBlob as error:
+            with self._changed:
+                self._note_damage(error)
+            raise
 
     def lost(self, worker: str, reason: str = "its worker was lost", *, blame_job: bool = False) -> None:
         """A worker is gone: its jobs are given out again.
@@ -259,6 +290,13 @@ class Study:
         if self._keeper is not None:
             self._inbox.put(None)
             self._keeper.join()
+        with contextlib.suppress(HpsearchError):  # what cannot be written now is told below
+            self._keep_house()
+        if self._mirror is not None:
+            done = self._state.ended is not None and self._state.ended.reason == "done"
+            behind = self._mirror.close(DRAIN_S if done else HURRIED_DRAIN_S)
+            if behind is not None:
+                self._tell(behind)
         self._blobs.close()
         try:
             self._journal.close()
@@ -308,9 +346,10 @@ class Study:
         return None
 
     def _open_stages(self) -> list[Stage]:
-        """The first stage that is not through; with it the search, whose trials need not all wait for a range."""
+        """The first stage that is not through; and those that need not wait for it: trials whose range is known, and
+        the baselines, for whoever has nothing else to do."""
         rest = [stage for stage in self._stages if not self._through(stage)]
-        return rest[:2] if [s.name for s in rest[:2]] == ["lr_range", "search"] else rest[:1]
+        return list(takewhile(lambda stage: stage.name in TOGETHER, rest)) or rest[:1]
 
     def _through(self, stage: Stage) -> bool:
         return stage.name in self._state.ended_stages
@@ -398,7 +437,7 @@ class Study:
             hours=(self._state.worked_s + self._clock() - self._began_at) / 3600,
             worker_hours=self._state.busy_s(self._journal.now()) / 3600,
             epochs=self._state.n_epochs + self._state.n_leased_epochs,
-            disk_bytes=self._blobs.n_bytes(),
+            out_of_room=self._state.out_of_room,
         )
         self._spent = self._spent or exhausted(self._budget, spent)
         if self._spent:
@@ -415,7 +454,10 @@ class Study:
             try:
                 batch = self._inbox.get(timeout=COMMIT_EVERY_S)
             except queue.Empty:
-                self._commit_now()
+                try:
+                    self._keep_house()
+                except HpsearchError as error:
+                    self._fail(error)
                 continue
             if batch is None:
                 return
@@ -436,18 +478,22 @@ class Study:
         with self._changed:
             fresh = []
             for worker, result in batch:
-                if result.key in self._pushed:
+                if result.key in self._pushed or result.attempt in self._attempts:
                     continue
                 if result.key in self._state.leases or (not self._ended and self._adopt(worker, result.key)):
                     self._pushed.add(result.key)
+                    self._attempts |= {_failed_attempt(result)} - {""}
                     fresh.append((worker, result))
-        self._blobs.keep({ref: content for _, result in fresh for ref, content in result.blobs.items()})
+            fresh = [pair for pair in fresh if not self._gave_back(pair[1])]
+        admission, digests = self._keep_blobs([result for _, result in fresh])
         with self._changed:
-            entries = [self._journal.append(_finished(worker, result, self._state)) for worker, result in fresh]
-        self._journal.commit()
+            entries = [
+                self._journal.append(_finished(worker, result, self._state, admission, digests))
+                for worker, result in fresh
+            ]
+        self._keep_house()
         with self._changed:
             for entry, (worker, result) in zip(entries, fresh, strict=True):
-                self._drop_replaced(entry.event)
                 self._apply(entry)
                 if worker in self._gone:  # lost while its result was kept: no trial may wait for its memory
                     for stage in self._stages:
@@ -460,19 +506,53 @@ class Study:
             for worker, _ in batch:
                 self._unkept[worker] -= 1
             self._advance()
+            for event in () if self._ended else self._keeping.sweep():
+                self._record(event)
             self._changed.notify_all()
         if self._keeper is None:
             self._commit_now()
 
-    def _drop_replaced(self, event: Event) -> None:
-        """Checkpoints that this result makes useless: a trial keeps its last and its best."""
-        if not isinstance(event, Finished) or event.trial is None or event.outcome != "done":
-            return
-        trial = self._state.trials[event.trial]
-        new = {event.values.get("checkpoint"), event.values.get("best_checkpoint") or trial.best_checkpoint}
-        for ref in {trial.checkpoint, trial.best_checkpoint} - new:
-            if ref is not None:
-                self._blobs.drop(ref)
+    def _keep_blobs(self, results: Sequence[Result]) -> tuple[Admission, dict[str, str]]:
+        """Write the blobs of some results, after room was made for their checkpoints, and tell the digests."""
+        if self._keeping.is_short(results):
+            self._keep_house()
+        with self._changed:
+            admission = self._keeping.admit(results)
+            for event in admission.events:
+                self._record(event)
+        if admission.events:
+            self._keep_house()
+        kept = {
+            ref: content for result in results for ref, content in result.blobs.items() if ref not in admission.unkept
+        }
+        self._blobs.keep(kept)
+        return admission, {ref: digest_of(content) for ref, content in kept.items()}
+
+    def _keep_house(self) -> None:
+        """All that is recorded goes to disk; then the files that it says are dropped are deleted."""
+        with self._changed:
+            dropped = self._keeping.take_dropped()
+        self._journal.commit()
+        for ref in dropped:
+            self._blobs.drop(ref)
+
+    def _gave_back(self, result: Result) -> bool:
+        """Whether a job came back undone, since a blob that it needs is damaged."""
+        if result.outcome != "damaged":
+            return False
+        self._note_damage(DamagedBlob(str(result.values["ref"]), result.message))
+        self._pushed.discard(result.key)
+        self._return(result.key, f"{result.values['ref']} is damaged")
+        return True
+
+    def _note_damage(self, error: DamagedBlob) -> None:
+        event = None if self._ended else self._keeping.damaged(error)
+        if event is not None:
+            self._record(event)
+            failure = self._keeping.failure(error.ref)
+            if failure is not None:
+                self._fail_locked(failure)
+            self._changed.notify_all()
 
     def _look_for_common_crash(self, event: Finished) -> None:
         if event.outcome == "crashed":
@@ -496,15 +576,27 @@ class Study:
                 self._end_study()
                 return
             for stage in open_stages:
-                for event in stage.conclude():
+                for event in self._conclusions(stage):
                     self._record(event)
                     moved = True
             first = open_stages[0]
             if self._state.data is not None and first.finished():
                 if first.name not in self._state.began:
                     self._record(StageBegan(stage=first.name))
+                if isinstance(first, Preflight) and (error := first.failure()) is not None:
+                    self._fail_locked(error)
+                    return
                 self._record(StageEnded(stage=first.name, reason=self._spent if first.name == "search" else ""))
                 moved = True
+
+    def _conclusions(self, stage: Stage) -> list[Event]:
+        try:
+            return stage.conclude()
+        except DamagedBlob as error:
+            event = self._keeping.damaged(error)
+            if event is None:
+                raise
+            return [event]
 
     def _end_study(self) -> None:
         if any(stage.name == "search" for stage in self._stages) and self._state.best() is None:
@@ -519,6 +611,14 @@ class Study:
         self._state.apply(entry.event, entry.time)
         for stage in self._stages:
             stage.apply(entry.event)
+        self._keeping.apply(entry.event)
+
+    def _tell(self, event: Event) -> None:
+        """Record what the mirror has to say."""
+        with self._changed:
+            self._record(event)
+        if self._keeper is None:  # else it commits by itself
+            self._commit_now()
 
     def _commit_now(self) -> None:
         try:
@@ -551,17 +651,27 @@ def _alike(first: Job, job: Job) -> bool:
     return first.kind == job.kind
 
 
-def _finished(worker: str, result: Result, state: StudyState) -> Finished:
+def _failed_attempt(result: Result) -> str:
+    """What names an attempt whose job may be given out again, "" for others."""
+    return result.attempt if result.outcome in ("crashed", "out_of_memory") else ""
+
+
+def _finished(
+    worker: str, result: Result, state: StudyState, admission: Admission, digests: Mapping[str, str]
+) -> Finished:
     """The event of a result; its blobs are named, not held, in it."""
     return Finished(
         key=result.key,
         worker=worker,
         outcome=result.outcome,
         trial=state.leases[result.key].trial,
-        values=result.values,
+        values=admission.values(result),
         epochs=tuple((row.epoch, row.metrics, row.seconds) for row in result.epochs),
         message=result.message,
         frame=result.frame,
         traceback=result.traceback,
         seconds=round(result.seconds, 4),
+        attempt=_failed_attempt(result),
+        digests={**{ref: digests[ref] for ref in result.blobs if ref in digests}, **result.stored},
+        stored=tuple(result.stored),
     )

@@ -24,7 +24,7 @@ def task_problems(task: str, space_path: Path, where: str) -> list[Problem]:
             what = f"the task's file `{module}` is not there"
             return [Problem(code="task-file", where=where, what=what, hint=hint)]
         return _class_problems(file, name, where)
-    source = _module_source(module, folder)
+    source = module_source(module, folder)
     if source is None:
         what = f"the task's module `{module}` is neither beside {space_path.name} nor installed"
         hint = "for a file beside it write file.py:Class"
@@ -32,7 +32,7 @@ def task_problems(task: str, space_path: Path, where: str) -> list[Problem]:
     return _class_problems(source, name, where) if source.suffix == ".py" else []  # compiled: found, and unreadable
 
 
-def _module_source(module: str, folder: Path) -> Path | None:
+def module_source(module: str, folder: Path) -> Path | None:
     """Where a module lies: beside space.yaml, else as Python would find it, without importing its parents."""
     from importlib.machinery import PathFinder
     from importlib.util import find_spec

@@ -7,6 +7,10 @@ function of what is known, and a resumed study that replays its journal goes on 
 A trial counts with its latest objective, whether paused or complete. One that diverged or failed counts as worse than
 all that did not. One that nothing is known of yet counts as bad (a constant liar), so that workers do not all try the
 same place.
+
+The space may have been edited since a trial was drawn. It still counts where all values of the present space's
+parameters lie in the present space, whatever else it has. One that lies outside is left out, for Optuna knows each
+parameter by one range.
 """
 
 from __future__ import annotations
@@ -60,16 +64,22 @@ class _Coder:
         return int(code) if self.parameter.kind == "integer" else float(code)
 
     def encode(self, value: Value) -> Code:
-        """Raises ValueError for a value that the parameter does not have."""
+        """A number between two steps, or two integers, counts as one of them: the space was edited.
+
+        Raises:
+            ValueError: the parameter has no such value.
+        """
         parameter = self.parameter
         if parameter.kind == "categorical":
             for place, own in enumerate(parameter.values):
                 if same_value(value, own):
                     return place
-        elif isinstance(value, int | float) and parameter.low <= value <= parameter.high:
+        elif (
+            isinstance(value, int | float) and not isinstance(value, bool) and parameter.low <= value <= parameter.high
+        ):
             if parameter.step is not None:
                 return steps_between(parameter.low, value, parameter.step)
-            return int(value) if parameter.kind == "integer" else float(value)
+            return round(value) if parameter.kind == "integer" else float(value)
         raise ValueError(f"{parameter.name} cannot be {value!r}")
 
     @property
@@ -108,6 +118,7 @@ class TpeSampler:
         self._by_key = {coder.key: coder for coder in self._coders}
         self._group = any(parameter.conditions for parameter in space.parameters)
         self._drawn: dict[int, _Draw] = {}  # in the order of drawing, by which Optuna weighs trials
+        self._outside: dict[int, Config] = {}  # drawn from a space that was wider, or had other parameters
         self._objective: dict[int, float | None] = {}  # of observed trials; None: diverged or failed
         self._drafts: dict[int, _Draw] = {}  # drawn without bounds, of trials that wait for theirs
         self._study: optuna.Study | None = None  # None: something changed that an Optuna study cannot be told
@@ -129,26 +140,17 @@ class TpeSampler:
         return dict(self._drawn[number].config)
 
     def restore(self, number: int, config: Config) -> None:
-        """Trial `number` was drawn with this config, here or before the study was resumed.
-
-        Raises:
-            ValueError: the space has no such config.
-        """
+        """Trial `number` was drawn with this config, here or before the study was resumed."""
         if number in self._drawn and self._drawn[number].config == config:
             return
-
-        def known(coder: _Coder) -> Code:
-            if coder.parameter.name not in config:
-                raise ValueError(f"{coder.parameter.name} is missing in the config of trial {number}")
-            return coder.encode(config[coder.parameter.name])
-
-        draw = self._walk(known)
-        if unknown := config.keys() - draw.config.keys():
-            raise ValueError(f"{', '.join(sorted(unknown))} cannot be in the config of trial {number}")
         self._drafts.pop(number, None)
-        if number in self._drawn:
+        if self._drawn.pop(number, None) is not None:
             self._study = None
-        self._add(number, draw)
+        codes = self._codes_of(config)
+        if codes is None:
+            self._outside[number] = config
+        else:
+            self._add(number, _Draw(config=dict(config), codes=codes))
 
     def observe(self, number: int, config: Config, objective: float | None, epoch: int) -> None:
         """The trial has come to `epoch` with this objective (minimised); None: it diverged or failed.
@@ -156,11 +158,15 @@ class TpeSampler:
         Said several times of a trial, the last word counts.
 
         Raises:
-            ValueError: the objective is not finite, or the space has no such config.
+            ValueError: the objective is not finite.
         """
         if objective is not None and not math.isfinite(objective):
             raise ValueError(f"trial {number} at epoch {epoch}: an objective must be finite (got {objective})")
+        if self._outside.get(number) == config:
+            return
         self.restore(number, config)
+        if number in self._outside:
+            return
         if number in self._objective:
             if self._objective[number] != objective:
                 self._study = None  # Optuna takes one result per trial
@@ -168,6 +174,20 @@ class TpeSampler:
             state = TrialState.PRUNED if objective is None else TrialState.COMPLETE
             self._study.tell(self._place_of[number], objective, state=state)
         self._objective[number] = objective
+
+    def _codes_of(self, config: Config) -> dict[str, Code] | None:
+        """A config as Optuna sees it; None for one that does not lie in the space."""
+        codes: dict[str, Code] = {}
+        for coder in self._coders:
+            parameter = coder.parameter
+            if parameter.searched and all(condition.holds(config) for condition in parameter.conditions):
+                if parameter.name not in config:
+                    return None
+                try:
+                    codes[coder.key] = coder.encode(config[parameter.name])
+                except ValueError:
+                    return None
+        return codes
 
     def _draft(self, number: int) -> _Draw:
         """What Optuna proposes, without bounds."""

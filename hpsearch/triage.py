@@ -48,6 +48,8 @@ def no_usable_trial(state: StudyState) -> NoUsableTrial:
     counts = state.counts()
     told = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
     message = f"none of {len(state.trials)} trials left a finite checkpoint ({told or 'none was started'})"
+    if state.out_of_room:
+        return NoUsableTrial(message, hint="raise budget.disk: it does not hold one checkpoint")
     failed = Counter(
         f"{trial.frame}: {trial.message}" if trial.frame else trial.message
         for trial in state.trials.values()

@@ -18,6 +18,14 @@ class TrialState(StrEnum):
     FAILED = "failed"  # code or machine is at fault
 
 
+class Missing(StrEnum):
+    """Why a trial's best checkpoint is not there."""
+
+    DROPPED = "dropped"  # or damaged; training it again gives it back
+    NO_ROOM = "no room"  # nor would there be if it were trained again
+    SPOILT = "spoilt"  # training it again failed
+
+
 @dataclass(kw_only=True)
 class TrialRecord:
     """One config and what became of it."""
@@ -34,6 +42,8 @@ class TrialRecord:
     best_objective: float | None = None  # minimised
     checkpoint: str | None = None  # weights and optimizer, to go on from
     best_checkpoint: str | None = None  # weights of the best epoch
+    best_ref: str | None = None  # the name that it has, or had while it was there
+    missing: Missing | None = None  # why it is not there, though there was one
     leased: str | None = None  # key of the job in a worker's hands
     leased_to: str | None = None
     target: int = 0  # epoch that the present or last lease trains to
@@ -73,8 +83,8 @@ class TrialRecord:
 
     @property
     def usable(self) -> bool:
-        """Whether a finite checkpoint is there to predict with."""
-        return self.best_checkpoint is not None
+        """Whether a finite checkpoint is there to predict with, or can be had again."""
+        return self.best_checkpoint is not None or self.missing is Missing.DROPPED
 
     @property
     def best_metrics(self) -> dict[str, float]:

@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from hpsearch.job import evaluation_key
+from hpsearch.space_diagnosis import Remark, findings, reference, remarks
+from hpsearch.spec import Spec
 from hpsearch.state import StudyState
 from hpsearch.trial import TrialRecord, TrialState
 
-STAGE_NAMES = ("lr_range", "search", "ensemble")
+STAGE_NAMES = ("preflight", "lr_range", "search", "baselines", "confirm", "ensemble")
+ALWAYS_TOLD = ("lr_range", "search", "ensemble")  # though they took no time
 
 
 def verdict(
@@ -36,12 +39,18 @@ def verdict(
         "wall_s": round(wall_s, 2),
         "stages_s": {
             "start": round(stages_s.get("start", 0.0), 2),
-            **{name: round(state.stage_s.get(name, 0.0), 2) for name in STAGE_NAMES},
+            **{
+                name: round(state.stage_s.get(name, 0.0), 2)
+                for name in STAGE_NAMES
+                if name in state.stage_s or name in ALWAYS_TOLD
+            },
             "tracking": round(stages_s.get("tracking", 0.0), 2),
         },
         "trials": trial_counts(state),
         "lr_range": lr_ranges(state),
         "best": _best(state),
+        "diagnosis": diagnosis(state),
+        "baselines": baselines(state),
         "ensemble": _ensemble(state),
         "mlflow": dict(mlflow),
     }
@@ -49,9 +58,8 @@ def verdict(
 
 def epochs(state: StudyState) -> dict[str, int]:
     """Epochs trained per stage; those of the ramps by the examples they saw."""
-    ramps = (r.values.get("epochs", 0.0) for key, r in state.results.items() if key.startswith(("ramp/", "probe/")))
     return {
-        "lr_range": round(sum(float(str(epochs)) for epochs in ramps)),
+        "lr_range": round(state.ramp_epochs),
         "search": sum(trial.epoch for trial in state.trials.values()),
         "finish": 0,
     }
@@ -81,8 +89,42 @@ def lr_ranges(state: StudyState) -> list[dict[str, object]]:
     ]
 
 
+def diagnosis(state: StudyState) -> dict[str, object]:
+    """What the curves say of the best trial, and all trials of their space: words with their numbers."""
+    best = _single(state)
+    return {
+        "best": [] if best is None else [said.words for said in findings(best, reference(state, state.baseline_loss))],
+        "space": [{"name": said.name, "words": said.words, "hint": said.hint} for said in space_remarks(state)],
+    }
+
+
+def baselines(state: StudyState) -> dict[str, object]:
+    """What the study is held against, by name and split; those that made no sense with their reason; and whether what
+    is delivered is better than ignoring the inputs."""
+    told: dict[str, object] = {}
+    for key, result in state.results.items():
+        if key.startswith("baseline/"):
+            name = key.removeprefix("baseline/")
+            told[name] = result.values["metrics"] if result.outcome == "done" else {"skipped": result.message}
+    if state.opened is not None:
+        spec = Spec.from_dump(dict(state.opened.spec))
+        metric = spec.metric.name.removeprefix("val_")
+        told |= {name: {"given": {metric: value}} for name, value in spec.baselines.items()}
+    over = dict(state.compared.over_baseline) if state.compared is not None else {}
+    return {**told, "gain": over or None}
+
+
+def space_remarks(state: StudyState) -> tuple[Remark, ...]:
+    """What all trials together say about their space."""
+    if state.opened is None:
+        return ()
+    spec = Spec.from_dump(dict(state.opened.spec))
+    return remarks(state, spec.space, spec.per)
+
+
 def top(state: StudyState, k: int | None = None) -> list[dict[str, object]]:
     """The ranking, best first, diverged and failed last; all of it without `k`."""
+    known = reference(state, state.baseline_loss)
     return [
         {
             "trial": trial.number,
@@ -91,6 +133,7 @@ def top(state: StudyState, k: int | None = None) -> list[dict[str, object]]:
             "epoch": trial.best_epoch if trial.best_epoch is not None else trial.epoch,
             "epochs_trained": trial.epoch,
             "val": val_metrics(trial),
+            "diagnosis": [str(said.finding) for said in findings(trial, known)],
         }
         for trial in state.ranking()[:k]
     ]
@@ -108,8 +151,13 @@ def measured_metrics(state: StudyState, split: str, members: Sequence[tuple[int,
     return dict(metrics) if isinstance(metrics, Mapping) else {}
 
 
+def _single(state: StudyState) -> TrialRecord | None:
+    """The best single trial: as it was when the ensemble was chosen, or as of now."""
+    return state.trials[state.selected.best] if state.selected is not None else state.best()
+
+
 def _best(state: StudyState) -> dict[str, object] | None:
-    best = state.trials[state.selected.best] if state.selected is not None else state.best()
+    best = _single(state)
     if best is None:
         return None
     return {
@@ -119,7 +167,14 @@ def _best(state: StudyState) -> dict[str, object] | None:
         "val": val_metrics(best),
         "test": measured_metrics(state, "test", [(best.number, 1.0)]),
         "test_intervals": _intervals(state, "best"),
+        "confirmed": _confirmed(state, best.number),
     }
+
+
+def _confirmed(state: StudyState, trial: int) -> Mapping[str, object] | None:
+    """What fresh seeds on fresh rows say of a trial; None where it was not confirmed."""
+    rows = state.confirmed.standings if state.confirmed is not None else ()
+    return next((row for row in rows if row["trial"] == trial), None)
 
 
 def _ensemble(state: StudyState) -> dict[str, object] | None:

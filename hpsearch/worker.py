@@ -7,16 +7,19 @@ call, or a Ray actor). What is left is this loop.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from hpsearch.errors import ClusterError, HpsearchError, UserCodeError, internal_error
+from hpsearch.errors import ClusterError, HpsearchError, OtherDataError, ProcessSpent, internal_error
 from hpsearch.job import Assignment, DataInfo, Job, Result
 
 PULL_S = 10.0  # how long one question for work may stay open
 SHORT_JOB_S = 0.25  # after jobs shorter than this the next is asked for ahead, so that nobody waits for the answer
 BATCH_S = 0.05  # jobs that fit into this are given and told together: a call costs as much as a tiny epoch
+TELL_S = 1.0  # between two signs of life of a job; with long leases a thirtieth of them
 
 
 class StudyClient(Protocol):
@@ -47,42 +50,78 @@ class Executor(Protocol):
         """One result per job, as each ends; what a user's code or a config can cause is an outcome, never raised."""
 
 
+@runtime_checkable
+class WearsOut(Protocol):
+    """An executor that can become unfit for more work while its results are good."""
+
+    def worn(self) -> str:
+        """Why this process should make room for another, "" while it is good for more. Asked after each job."""
+
+
+class Alarm(Protocol):
+    """Ends the process when it is not set anew in time, whatever the process is stuck in."""
+
+    def arm(self, silence_s: float) -> None: ...
+    def disarm(self) -> None: ...
+
+
 class Worker:
     """One worker's loop."""
 
     def __init__(
-        self, name: str, client: StudyClient, make_executor: Callable[[], Executor], *, most_at_once: int = 1
+        self,
+        name: str,
+        client: StudyClient,
+        make_executor: Callable[[], Executor],
+        *,
+        most_at_once: int = 1,
+        node: str = "",
+        pid: int = 0,
+        alarm: Alarm | None = None,
     ) -> None:
         """
         Args:
             most_at_once: jobs to be given at once while they are very short; with more than 1, who gets which job
                 depends on measured times.
+            node: where its process runs, in Ray's words; "" where nobody needs to know.
+            pid: of a process that is its own; 0 where it shares the study's.
+            alarm: set while a job runs, with the silence that it is allowed at its beginning, when it may compile;
+                None: a hung job is waited for.
         """
         self._name = name
         self._client = client
         self._make_executor = make_executor
         self._most_at_once = most_at_once
+        self._node = node
+        self._pid = pid
+        self._alarm = alarm
         self._slots = 1
         self._executor: Executor | None = None
         self._last_job_s = float("inf")
+        self._asked_ahead = False
+        self._worn = ""
+        self._assignment = Assignment()  # the last that had jobs
+        self._told_at: dict[str, float] = {}  # key of a job at hand -> time of its last sign of life
 
     def begin(self) -> bool:
         """Load the task and its data, and announce both. False: the study refused, and knows why."""
         try:
-            self._client.arriving(self._name)
+            self._client.arriving(self._name, self._node, self._pid)
             self._executor = self._make_executor()
             info = self._executor.describe()
             answer = self._client.hello(self._name, info)
         except HpsearchError as error:
             self._client.broken(self._name, error)
             return False
+        except ProcessSpent:
+            raise
         except Exception as error:  # a bug of ours must end the study with a word, not hang it
             self._client.broken(self._name, internal_error(error))
             return False
         if answer.error:
             self._client.broken(
                 self._name,
-                UserCodeError(
+                OtherDataError(
                     answer.error,
                     hint="seed every random choice in Task.data(); data changed on purpose need a new --run-dir",
                 ),
@@ -93,11 +132,18 @@ class Worker:
         return not answer.ended
 
     def run(self) -> None:
-        """Work until the study has ended or is gone."""
+        """Work until the study has ended or is gone.
+
+        Raises:
+            ProcessSpent: everything is told, nothing is held, and another process should go on.
+        """
         try:
             if self.begin():
                 while self.step(timeout_s=PULL_S):
-                    pass
+                    if self._worn and not self._asked_ahead:  # else jobs are on their way to this process
+                        if isinstance(self._client, LooksAhead):
+                            self._client.settle()
+                        raise ProcessSpent(self._worn)
         except ClusterError:
             return  # the study is gone; what was not pushed will be given out again
         except HpsearchError as error:  # of the study's own, met in an answer: it ends the study with a word
@@ -107,27 +153,39 @@ class Worker:
     def step(self, timeout_s: float = 0.0) -> bool:
         """Ask once, run what is given. False: the study has ended."""
         assignment = self._client.pull(self._name, self._slots, timeout_s)
+        self._asked_ahead = False
         if assignment.jobs:
-            if self._most_at_once and self._last_job_s < SHORT_JOB_S and isinstance(self._client, LooksAhead):
+            short = self._most_at_once and self._last_job_s < SHORT_JOB_S and not self._worn
+            if short and isinstance(self._client, LooksAhead):
                 self._client.look_ahead(self._name, self._slots, timeout_s)
-            self._run(assignment.jobs)
+                self._asked_ahead = True
+            self._assignment = assignment
+            try:
+                self._run(assignment.jobs)
+            finally:
+                if self._alarm is not None:  # nobody is hung who waits for work
+                    self._alarm.disarm()
         return not assignment.ended
 
     def _run(self, jobs: tuple[Job, ...]) -> None:
         assert self._executor is not None
         start = told = time.perf_counter()
+        self._told_at = dict.fromkeys((job.key for job in jobs), start)
+        self._arm()
         unsaid: list[Result] = []
         failed = False
         try:
             for result in self._executor.run(jobs, self._client.fetch, self._tell_progress):
-                unsaid.append(result)
+                unsaid.append(dataclasses.replace(result, attempt=secrets.token_hex(4)))
+                self._told_at.pop(result.key, None)
+                self._arm()
                 failed |= result.outcome not in ("done", "diverged")
                 if time.perf_counter() - told > BATCH_S:
                     self._client.push(self._name, unsaid)
                     told, unsaid = time.perf_counter(), []
             if unsaid:
                 self._client.push(self._name, unsaid)
-        except HpsearchError:
+        except (HpsearchError, ProcessSpent):
             raise
         except Exception as error:
             self._client.broken(self._name, internal_error(error))
@@ -135,9 +193,22 @@ class Worker:
         # After a crash one job at a time: the next may crash alike, and three of a kind end the study.
         self._last_job_s = float("inf") if failed else (time.perf_counter() - start) / len(jobs)
         self._slots = max(1, min(self._most_at_once, int(BATCH_S / max(self._last_job_s, 1e-6))))
+        if isinstance(self._executor, WearsOut):
+            self._worn = self._executor.worn()
 
     def _tell_progress(self, key: str, epoch: int) -> None:
+        """A sign of life, for the study and the alarm; both cost more than a tiny epoch, so not every one is told."""
+        now = time.perf_counter()
+        if now - self._told_at.get(key, now) < max(TELL_S, self._assignment.lease_s / 30):
+            return
+        self._told_at[key] = now
         self._client.progress(self._name, key)
+        self._arm()
+
+    def _arm(self) -> None:
+        """Set the alarm anew, with the longer lease: a job given out twice costs a job, a process all that it holds."""
+        if self._alarm is not None and self._assignment.first_lease_s:
+            self._alarm.arm(self._assignment.first_lease_s)
 
 
 class LooksAhead:
@@ -146,3 +217,7 @@ class LooksAhead:
     def look_ahead(self, worker: str, slots: int, timeout_s: float) -> None:
         """Ask now; the next `pull` takes the answer."""
         raise NotImplementedError  # abstract: each client has its own way to ask
+
+    def settle(self) -> None:
+        """Return when the study has everything that was pushed."""
+        raise NotImplementedError  # abstract, like look_ahead

@@ -18,6 +18,11 @@ from hypothesis import settings
 for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID", "RAY_ADDRESS"):
     os.environ.pop(name, None)
 
+# Workers of a cluster that a test starts find `tests` too; what was shipped to them comes before it.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")])
+)
+
 os.environ.update(
     OMP_NUM_THREADS="1",  # workers share the cores; also what makes "to the bit" hold
     MPLBACKEND="agg",

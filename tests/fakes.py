@@ -10,6 +10,9 @@ import numpy as np
 from safetensors.numpy import save
 
 from hpsearch.job import (
+    BaselineJob,
+    CheckJob,
+    ConfirmJob,
     DataInfo,
     EpochMetrics,
     EvaluateJob,
@@ -17,6 +20,7 @@ from hpsearch.job import (
     Job,
     ProbeJob,
     RampJob,
+    RebuildJob,
     Result,
     TrainJob,
 )
@@ -75,6 +79,18 @@ class FakeExecutor:
                     yield Result(key=job.key, values={"losses": [1.0] * job.steps, "batch_size": 32, "epochs": 1.0})
                 case TrainJob():
                     yield self._train(job)
+                case CheckJob():
+                    yield Result(key=job.key, values={"checks": []})
+                case BaselineJob():
+                    yield self._baseline(job)
+                case ConfirmJob():
+                    yield self._confirm(job)
+                case RebuildJob():
+                    yield Result(
+                        key=job.key,
+                        values={"best_checkpoint": job.checkpoint},
+                        blobs={job.checkpoint: job.key.encode()} if self._checkpoints else {},
+                    )
                 case EvaluateJob():
                     yield self._evaluate(job)
                 case ExportJob():
@@ -104,6 +120,36 @@ class FakeExecutor:
             epochs=tuple(epochs),
             blobs={ref: job.key.encode()} if self._checkpoints else {},
             seconds=0.1,
+        )
+
+    def _baseline(self, job: BaselineJob) -> Result:
+        """Chance, and something between chance and the trials."""
+        level = {"constant": 1.5, "linear": 1.2}[job.name]
+        rows = level + 0.1 * np.random.default_rng(len(job.name)).standard_normal(N_ROWS)
+        refs = {split: f"predictions/baseline-{job.name}-{split}.safetensors" for split in ("val", "ensemble", "test")}
+        metrics = {"loss": float(rows.mean()), "accuracy": 1 / N_CLASSES}
+        return Result(
+            key=job.key,
+            values={"metrics": dict.fromkeys(refs, metrics), "row_scores": refs},
+            blobs={ref: save({"loss": rows}) for ref in refs.values()},
+        )
+
+    def _confirm(self, job: ConfirmJob) -> Result:
+        """The trial's last value, a tenth worse, with a spread of its seed's."""
+        rng = np.random.default_rng(job.seed)
+        rows = val_loss(job.config, job.epochs) + 0.1 + 0.01 * rng.standard_normal() + 0.2 * rng.standard_normal(N_ROWS)
+        name = "predictions/" + job.key.replace("/", "-") + "-rows.safetensors"
+        loss = float(rows.mean())
+        return Result(
+            key=job.key,
+            values={
+                "metrics": {"loss": loss, "accuracy": 1 - loss / 3},
+                "val": {"loss": loss, "accuracy": 1 - loss / 3},
+                "epoch": job.epochs,
+                "n_rows": N_ROWS,
+                "row_scores": name,
+            },
+            blobs={name: save({"loss": rows})},
         )
 
     def _evaluate(self, job: EvaluateJob) -> Result:

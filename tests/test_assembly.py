@@ -8,7 +8,7 @@ import pytest
 
 from hpsearch.assembly import STAGES, check_resume, make_stages, open_study
 from hpsearch.blobs import BlobStore
-from hpsearch.errors import HpsearchError, JournalError, SpecError, UsageError
+from hpsearch.errors import JournalError, SpecError, UsageError
 from hpsearch.events import Opened
 from hpsearch.fleets import Launch
 from hpsearch.fleets.local import LocalFleet
@@ -74,11 +74,13 @@ def names(tmp_path: Path, *overrides: str, wanted: tuple[str, ...] = STAGES, spa
 
 
 def test_stages_are_those_of_the_spec_in_order(tmp_path: Path) -> None:
-    assert names(tmp_path) == ["lr_range", "search", "ensemble"]
+    assert names(tmp_path) == ["preflight", "lr_range", "search", "baselines", "ensemble"]
+    everything = names(tmp_path, "confirm.trials=2")
+    assert everything == ["preflight", "lr_range", "search", "baselines", "confirm", "ensemble"]
 
 
 def test_range_that_nothing_asks_for_is_not_measured(tmp_path: Path) -> None:
-    assert names(tmp_path, space=SPACE.replace(", bounds_from: lr_range", "")) == ["search", "ensemble"]
+    assert names(tmp_path, space=SPACE.replace(", bounds_from: lr_range", "")) == ["preflight", "search", "baselines", "ensemble"]
 
 
 def test_sweep_alone_is_made_also_where_the_search_would_not_ask(tmp_path: Path) -> None:
@@ -91,7 +93,7 @@ def test_ensemble_that_is_switched_off_still_measures_and_packs_the_best(tmp_pat
 
 
 def test_ramps_take_their_settings_and_branches_from_the_spec(tmp_path: Path) -> None:
-    study = open_here(tmp_path, "lr_range.steps=50")
+    study = open_here(tmp_path, "lr_range.steps=50", "preflight.enabled=false")
     study.hello("w", INFO)
     jobs = study.pull("w", slots=4).jobs
     study.close()
@@ -101,7 +103,7 @@ def test_ramps_take_their_settings_and_branches_from_the_spec(tmp_path: Path) ->
 
 
 def test_ramps_share_no_seed_with_any_trial(tmp_path: Path) -> None:
-    study = open_here(tmp_path)
+    study = open_here(tmp_path, "preflight.enabled=false")
     study.hello("w", INFO)
     ramps = {job.seed for job in study.pull("w", slots=4).jobs if isinstance(job, RampJob)}
     study.close()
@@ -171,15 +173,15 @@ def test_how_much_and_where_may_change(tmp_path: Path, change: str) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ("seed=4", "its study has `seed` = 3, the space now has 4"),
-        ("search.method=random", "its study has `search.method` = 'sobol', the space now has 'random'"),
-        ("early_stopping.max_epochs=5", "its study has `early_stopping.max_epochs` = 9, the space now has 5"),
-        ("early_stopping.min_epochs=2", "its study has `early_stopping.min_epochs` = 1, the space now has 2"),
-        ("early_stopping.type=sha", "its study has `early_stopping.type` = 'asha', the space now has 'sha'"),
-        ("lr_range.seeds=3", "its study has `lr_range.seeds` = 2, the space now has 3"),
+        ("seed=4", "seed: 3 -> 4: the study cannot go on with it, since it cuts the ensemble split from val, "
+                   "and every config and trial's seed follows from it"),
+        ("task=task.py:Other", "task: task.py:Task -> task.py:Other: the study cannot go on with it, since trials of "
+                               "two tasks cannot be compared"),
+        ("metric.goal=maximize", "metric.goal: minimize -> maximize: the study cannot go on with it, since its trials "
+                                 "were ranked by the old one, and their best epochs kept by it"),
     ],
-)
-def test_what_is_asked_may_not_change(tmp_path: Path, change: str, told: str) -> None:
+)  # fmt: skip
+def test_what_would_make_old_trials_incomparable_is_refused(tmp_path: Path, change: str, told: str) -> None:
     finish(tmp_path)
     before = (tmp_path / FILE_NAME).read_bytes()
     with pytest.raises(SpecError) as raised:
@@ -193,43 +195,44 @@ def test_what_is_asked_may_not_change(tmp_path: Path, change: str, told: str) ->
     assert not is_locked(tmp_path)
 
 
-def test_study_cannot_shrink(tmp_path: Path) -> None:
+def test_parameter_that_the_trials_lack_is_refused(tmp_path: Path) -> None:
     finish(tmp_path)
-    with pytest.raises(SpecError, match="a study can grow, not shrink") as raised:
-        open_here(tmp_path, "search.trials=3")
-    assert "its study has `search.trials` = 4, the space now has 3" in str(raised.value)
+    with pytest.raises(SpecError, match=r"parameters\.width: new: .* since trials 0\.\.3 would need it and have none"):
+        open_here(tmp_path, space=SPACE.replace("  optimizer:", "  width: {value: 8}\n  optimizer:"))
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("[adamw, sgd]", "[adamw, sgd, adam]"),
-        ("max: 0.5", "max: 1.0"),
-        ("  optimizer:", "  width: {value: 8}\n  optimizer:"),
-        ("  optimizer: {values: [adamw, sgd]}\n", ""),
-        ("task.py:Task", "task.py:Other"),
-    ],
-)
-def test_other_parameters_are_another_study(tmp_path: Path, old: str, new: str) -> None:
-    finish(tmp_path)
-    assert old in SPACE
-    with pytest.raises(HpsearchError, match="other-study"):
-        open_here(tmp_path, space=SPACE.replace(old, new))
-
-
-def test_every_changed_setting_is_told_at_once(tmp_path: Path) -> None:
+def test_every_refused_edit_is_told_at_once() -> None:
+    edited = spec_of("seed=4", "search.trials=3", "budget.hours=1", "search.method=tpe", "shuffle=false")
     with pytest.raises(SpecError) as raised:
-        check_resume(spec_of(), spec_of("seed=4", "search.trials=3", "budget.hours=1", "search.method=tpe"), tmp_path)
-    assert {problem.what.split("`")[1] for problem in raised.value.problems} == {
-        "seed", "search.trials", "search.method",
-    }  # fmt: skip
+        check_resume(spec_of(), edited, Path("run"), {})
+    assert [problem.what.partition(":")[0] for problem in raised.value.problems] == ["seed", "shuffle"]
+
+
+def test_edits_that_the_study_goes_on_with_are_given_back() -> None:
+    found = check_resume(spec_of(), spec_of("search.trials=6", "search.method=tpe"), Path("run"), {})
+    assert [edit.key for edit in found] == ["search.method", "search.trials"]
 
 
 def test_a_resume_is_compared_with_the_last_driver_not_the_first(tmp_path: Path) -> None:
+    width = SPACE.replace("  optimizer:", "  width: {values: [8]}\n  optimizer:")
+    open_here(tmp_path, space=width).close()  # draws nothing
     finish(tmp_path)
-    finish(tmp_path, "search.trials=6")
-    with pytest.raises(SpecError, match=r"`search\.trials` = 6, the space now has 5"):
-        open_here(tmp_path, "search.trials=5")
+    with pytest.raises(SpecError, match=r"parameters\.width: new"):
+        open_here(tmp_path, space=width)
+
+
+def test_code_of_the_task_is_recorded_with_each_launch(tmp_path: Path) -> None:
+    for digest in ("a", "b"):
+        open_study(
+            tmp_path,
+            spec_of(),
+            make_sampler=fakes.make_sampler,
+            code={"task.py": digest},
+            background=False,
+            wait_s=0,
+        ).close()
+    opened = [entry.event.code for entry in read_journal(tmp_path) if isinstance(entry.event, Opened)]
+    assert opened == [{"task.py": "a"}, {"task.py": "b"}]
 
 
 def test_spec_that_only_looks_different_is_the_same_study(tmp_path: Path) -> None:
@@ -239,12 +242,3 @@ def test_spec_that_only_looks_different_is_the_same_study(tmp_path: Path) -> Non
     assert study.ended
     assert not any(isinstance(job, TrainJob) for job in study.pull("w").jobs)
     study.close()
-
-
-@pytest.mark.parametrize("setting", ["ensemble.enabled=false", "early_stopping.max_epochs=5", "metric.goal=maximize"])
-def test_setting_that_changes_what_is_measured_may_not_change_on_resume(tmp_path: Path, setting: str) -> None:
-    """Without an ensemble, val has the rows that it was not ranked on before."""
-    text = "name: s\ntask: t.py:T\nparameters: {lr: {min: 0.1, max: 0.2}}\n"
-    old, new = parse_spec(text), parse_spec(text, overrides=[setting])
-    with pytest.raises(SpecError, match=setting.split("=")[0]):
-        check_resume(old, new, tmp_path)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from hpsearch.budget import Budget, Spent, exhausted
 
-NOTHING = Spent(hours=0.0, worker_hours=0.0, epochs=0, disk_bytes=0)
-MUCH = Spent(hours=1e6, worker_hours=1e6, epochs=10**9, disk_bytes=10**15)
+NOTHING = Spent(hours=0.0, worker_hours=0.0, epochs=0)
+MUCH = Spent(hours=1e6, worker_hours=1e6, epochs=10**9, out_of_room=True)
 
 
 def test_without_limits_nothing_is_ever_exhausted() -> None:
@@ -24,7 +24,7 @@ def test_without_limits_nothing_is_ever_exhausted() -> None:
         (Budget(hours=2.5), "budget.hours: 2.5"),
         (Budget(gpu_hours=8, gpus_per_worker=1), "budget.gpu_hours: 8"),
         (Budget(epochs=100), "budget.epochs: 100"),
-        (Budget(disk_bytes=1000), "budget.disk: 9.31e-07 GiB"),
+        (Budget(disk_bytes=1000), "budget.disk: 1000 bytes, which holds no more checkpoints"),
         (Budget(hours=2.5, epochs=100), "budget.hours: 2.5"),
     ],
 )
@@ -34,7 +34,7 @@ def test_limit_that_is_reached_is_named(budget: Budget, told: str) -> None:
 
 
 def test_limit_is_reached_when_it_is_met_and_not_before() -> None:
-    spent = Spent(hours=1.0, worker_hours=1.0, epochs=10, disk_bytes=10)
+    spent = Spent(hours=1.0, worker_hours=1.0, epochs=10, out_of_room=False)
     assert exhausted(Budget(epochs=11), spent) == ""
     assert exhausted(Budget(epochs=10), spent) == "budget.epochs: 10"
     assert exhausted(Budget(hours=math.nextafter(1.0, 2.0)), spent) == ""
@@ -47,7 +47,7 @@ def test_zero_is_a_limit() -> None:
 
 @given(gpus=st.floats(0.0, 8.0), hours=st.floats(0.0, 100.0), limit=st.floats(0.01, 100.0))
 def test_gpu_hours_are_worker_hours_times_gpus(gpus: float, hours: float, limit: float) -> None:
-    spent = Spent(hours=0.0, worker_hours=hours, epochs=0, disk_bytes=0)
+    spent = Spent(hours=0.0, worker_hours=hours, epochs=0)
     assert bool(exhausted(Budget(gpu_hours=limit, gpus_per_worker=gpus), spent)) is (gpus * hours >= limit)
 
 

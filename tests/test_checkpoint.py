@@ -211,7 +211,7 @@ def test_damaged_bytes_are_named_by_their_reference(content: bytes) -> None:
     assert str(caught.value) == (
         "error[journal]: checkpoints/trial-0017-e0027.safetensors is damaged: "
         "it is not a checkpoint of hpsearch's, or cut short\n"
-        "  hint: restore the run directory from a copy"
+        "  hint: hpsearch launch --resume makes it again"
     )
 
 

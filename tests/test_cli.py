@@ -90,7 +90,8 @@ def test_launch_json_is_one_object_with_the_contracts_keys(project: Path, capsys
     assert out.count("\n") == 1
     told = json.loads(out)
     assert set(told) == {
-        "study", "run_dir", "seed", "epochs", "wall_s", "stages_s", "trials", "lr_range", "best", "ensemble", "mlflow",
+        "study", "run_dir", "seed", "epochs", "wall_s", "stages_s", "trials", "lr_range", "best", "diagnosis",
+        "ensemble", "mlflow",
     }  # fmt: skip
     assert told["trials"]["total"] == 8
     assert {row["branch"]["optimizer"] for row in told["lr_range"]} == {"adamw", "sgd"}
@@ -140,7 +141,9 @@ def test_top_is_a_table(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["top", "runs/blobs", "-k", "3"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].split()[:5] == ["rank", "trial", "state", "val_loss", "epoch"]
-    assert len(out) == 5
+    assert out[0].split()[-1] == "diagnosis"
+    assert out[4].startswith("8 trials: ")
+    assert all(line.startswith(("note: ", "  hint: ")) for line in out[5:])
 
 
 def test_status_tells_that_it_is_done(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,7 +217,6 @@ def test_each_verb_has_help_and_json(verb: str, capsys: pytest.CaptureFixture[st
         (["launch", "space.yaml", "--workers", "0"], "--workers"),
         (["launch", "space.yaml", "--fleet", "slurm"], "--fleet"),
         (["launch", "space.yaml", "--fleet", "local", "--address", "auto"], "--fleet local does not use"),
-        (["launch", "space.yaml", "--address", "http://head:8265"], "not built yet"),
         (["launch", "nowhere.yaml"], "nowhere.yaml"),
         (["validate", "."], "."),
         (["status", "nowhere"], "holds no study"),
@@ -253,7 +255,77 @@ def test_all_problems_of_a_space_are_told_at_once(project: Path, capsys: pytest.
 
 def test_second_launch_into_the_same_directory_is_refused(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert launch() == 2
-    assert "add --resume" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "error[usage]: runs/blobs holds this study already\n  hint: to go on with it: " in err
+    assert err.rstrip().endswith("--run-dir runs/blobs --resume")
+
+
+def test_second_launch_says_what_was_edited_and_the_command_that_goes_on(
+    done: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["launch", "space.yaml", "--fleet", "local", "--set", "search.trials=12"]
+    monkeypatch.setattr("sys.argv", ["hpsearch", *arguments])
+    assert run(arguments) == 2
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first == "error[usage]: runs/blobs holds this study already; since it was opened last:"
+    assert second == "  search.trials: 8 -> 12: 4 more trials"
+    assert third.startswith("  hint: to go on with it: ")
+    assert third.endswith(
+        "hpsearch launch space.yaml --fleet local --set search.trials=12 --run-dir runs/blobs --resume"
+    )
+
+
+def test_second_launch_offers_no_resume_with_what_it_would_refuse(
+    done: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch("--set", "seed=3") == 2
+    err = capsys.readouterr().err
+    assert "  seed: 0 -> 3: the study cannot go on with it, since " in err
+    assert "  hint: put back what it cannot go on with, or choose another --run-dir" in err
+    assert "--resume" not in err
+
+
+def test_sweep_into_a_directory_that_holds_one_offers_another(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = ["lr-find", "space.yaml", "--fleet", "local", "--run-dir", "sweep"]
+    assert run(sweep) == 0
+    assert run(sweep) == 2
+    assert "  hint: choose another --run-dir\n" in capsys.readouterr().err
+
+
+def test_dry_run_of_a_resume_says_what_was_edited_and_starts_nothing(
+    done: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = (done / "runs/blobs/journal.jsonl").read_bytes()
+    edits = ["--set", "search.trials=12", "--set", "early_stopping.max_epochs=8", "--set", "parameters.lr.max=0.1"]
+    assert launch("--resume", "--dry-run", "--json", *edits) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["trials"] == 12
+    assert captured.err.splitlines() == [
+        "edited: search.trials: 8 -> 12: 4 more trials",
+        "edited: early_stopping.max_epochs: 4 -> 8: complete trials are paused and may go on",
+        "edited: parameters.lr: narrower (1e-4..1 -> 1e-4..0.1): new trials draw from it, old ones stay as evidence; "
+        "its ranges are concluded anew from the ramps that were run",
+    ]
+    assert launch("--resume", "--dry-run", "--set", "seed=3") == 2
+    assert (done / "runs/blobs/journal.jsonl").read_bytes() == journal
+
+
+def test_resume_says_which_code_has_changed_and_goes_on(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--set", "search.trials=2", "--resume"]
+    (project / "layers.py").write_text("import torch\nReLU = torch.nn.ReLU\n")
+    edit(project, "import hpsearch\n", "import hpsearch\nimport layers\n")
+    assert launch(*few, "--json") == 0
+    first = capsys.readouterr()
+    assert "edited" not in first.err
+    (project / "layers.py").write_text("import torch\nReLU = torch.nn.SiLU\n")
+    assert launch(*few, "--json") == 0
+    captured = capsys.readouterr()
+    assert "edited: layers.py has changed since trials 0..1 were trained; they stay as evidence\n" in captured.err
+    assert json.loads(captured.out).keys() == json.loads(first.out).keys()
+    assert launch(*few) == 0
+    assert "edited" not in capsys.readouterr().err
 
 
 def test_directory_of_another_study_is_refused(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,10 +334,11 @@ def test_directory_of_another_study_is_refused(done: Path, capsys: pytest.Captur
 
 
 def test_resume_with_another_space_names_what_differs(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert launch("--resume", "--set", "parameters.lr.max=0.5", "--set", "seed=3") == 2
+    assert launch("--resume", "--set", "parameters.lr.max=0.5", "--set", "seed=3", "--set", "shuffle=false") == 2
     err = capsys.readouterr().err
-    assert "`parameters.lr.max` = 1.0, the space now has 0.5" in err
-    assert "`seed` = 0, the space now has 3" in err
+    assert "error[other-study]: runs/blobs: seed: 0 -> 3: the study cannot go on with it, since it cuts " in err
+    assert "error[other-study]: runs/blobs: shuffle: true -> false: the study cannot go on with it, since " in err
+    assert "parameters.lr" not in err
 
 
 def test_run_directory_that_cannot_be_written_is_refused(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -338,13 +411,13 @@ def test_what_the_users_code_prints_does_not_spoil_stdout(project: Path, capsys:
 
 
 def test_resume_command_does_not_tell_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hpsearch.cli.launch import _command_again
+    from hpsearch.cli.resume import command_again
 
     uri = "http://ann:S3CRET@127.0.0.1:9"
     monkeypatch.setattr(
         "sys.argv", ["hpsearch", "launch", "space.yaml", "--tracking-uri", uri, f"--tracking-uri={uri}"]
     )
-    again = _command_again(Path("runs/blobs"))
+    again = command_again(Path("runs/blobs"))
     assert "S3CRET" not in again
     assert again.endswith("--run-dir runs/blobs --resume")
 

@@ -263,7 +263,9 @@ def test_without_a_test_split_nothing_is_claimed() -> None:
     bench = Bench(test=False)
     jobs = bench.run()
     assert {job.split for job in jobs if isinstance(job, EvaluateJob)} == {"ensemble", "val"}
-    assert bench.state.compared is None
+    assert bench.state.compared is not None
+    assert (bench.state.compared.gain, bench.state.compared.intervals) == ({}, {})
+    assert bench.state.beats_baseline is None
     assert bench.stage.finished()
     assert bench.stage.conclude() == []
 
@@ -443,7 +445,8 @@ def test_search_without_a_checkpoint_never_reaches_the_ensemble(tmp_path: Path) 
     )
     with pytest.raises(NoUsableTrial):
         LocalFleet(launch).run(lambda entries: None)
-    assert "predictions" not in {path.name for path in tmp_path.iterdir()}
+    predictions = [path.name for path in (tmp_path / "predictions").iterdir()]
+    assert all(name.startswith("baseline-") for name in predictions)
 
 
 def test_stage_reads_its_predictions_from_the_run_directory(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from safetensors.numpy import load
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpsearch.job import Config, EvaluateJob, ExportJob, Job, Member, ProbeJob, RampJob, Result, TrainJob
+from hpsearch.errors import DamagedBlob
+from hpsearch.job import Config, EvaluateJob, ExportJob, Job, Member, ProbeJob, RampJob, RebuildJob, Result, TrainJob
 from hpsearch.task import Report, Splits, Task, Trial
 from hpsearch.training.checkpoint import unpack
 from hpsearch.training.executor import TorchExecutor, checkpoint_ref
@@ -333,14 +334,68 @@ def test_a_damaged_or_strange_checkpoint_is_named() -> None:
     study.blobs["checkpoints/half"] = study.blobs[ref][:100]
     study.blobs["checkpoints/best"] = b""
     damaged = study.one(executor(), dataclasses.replace(after(first, 2), checkpoint="checkpoints/half"))
-    assert damaged.outcome == "crashed"
-    assert damaged.message.startswith("checkpoints/half is damaged: ")
+    assert damaged.outcome == "damaged"
+    assert damaged.values == {"ref": "checkpoints/half"}
+    assert damaged.message == "it is not a checkpoint of hpsearch's, or cut short"
     wrong = study.one(executor(), train(3, 4, checkpoint=ref))
-    assert wrong.message == f"{ref} is of trial 17 at epoch 1, not of trial 17 at epoch 3"
+    assert wrong.message == "it is of trial 17 at epoch 1, not of trial 17 at epoch 3"
     both = study.one(executor(Scripted(1.0, 2.0)), train(0, 2))
     weights = str(both.values["best_checkpoint"])
     alone = study.one(executor(), train(1, 2, checkpoint=weights))
-    assert alone.message == f"{weights} holds weights alone, so trial 17 cannot go on from it"
+    assert (alone.outcome, alone.values) == ("damaged", {"ref": weights})
+    assert alone.message == "it holds weights alone, so trial 17 cannot go on from it"
+
+
+def test_a_damaged_blob_gives_the_job_back_without_blame() -> None:
+    def gone(ref: str) -> bytes:
+        raise DamagedBlob(ref, "the file is gone")
+
+    member = Member(trial=17, config={}, checkpoint="checkpoints/gone")
+    jobs: list[Job] = [
+        train(1, 2, checkpoint="checkpoints/gone"),
+        EvaluateJob(key="evaluate/test/17", members=(member,), split="test", keep_predictions=False),
+        ExportJob(key="export/17", members=(member,)),
+    ]
+    results = list(executor().run(jobs, gone, lambda key, epoch: None))
+    assert [(r.key, r.outcome, r.values, r.message) for r in results] == [
+        (job.key, "damaged", {"ref": "checkpoints/gone"}, "the file is gone") for job in jobs
+    ]
+
+
+def rebuild(epoch: int, config: Config | None = None) -> RebuildJob:
+    return RebuildJob(
+        key=f"rebuild/17/{epoch}", trial=17, config=config or {}, seed=5, epoch=epoch, checkpoint="checkpoints/again"
+    )
+
+
+@pytest.mark.parametrize("config", [{"optimizer": "adamw", "dropout": 0.3}, {"optimizer": "sgd", "momentum": 0.9}])
+def test_a_rebuilt_epoch_has_the_weights_of_the_first_time_to_the_bit(config: Config) -> None:
+    study = Study()
+    first = study.one(executor(), train(0, 2, config))
+    study.one(executor(), train(2, 5, config, checkpoint=str(first.values["checkpoint"])))
+    for epoch in (2, 5):
+        again = study.one(executor(), rebuild(epoch, config))
+        assert again.outcome == "done"
+        assert again.epochs == ()
+        old, new = (unpack(study.blobs[ref], ref=ref) for ref in (checkpoint_ref(17, epoch), "checkpoints/again"))
+        assert (new.trial, new.seed, new.epoch, new.config) == (17, 5, epoch, config)
+        assert new.optimizer is None
+        assert old.weights.keys() == new.weights.keys()
+        assert all(torch.equal(old.weights[name], new.weights[name]) for name in old.weights)
+
+
+def test_a_rebuilt_best_epoch_gives_the_very_bytes() -> None:
+    study = Study()
+    first = study.one(executor(Scripted(1.0, 0.5, 2.0)), train(0, 3))
+    best = str(first.values["best_checkpoint"])
+    study.one(executor(Scripted(1.0, 0.5, 2.0)), rebuild(2))
+    assert study.blobs["checkpoints/again"] == study.blobs[best]
+
+
+def test_a_rebuild_that_diverges_says_that_it_did_not_the_first_time() -> None:
+    again = Study().one(executor(Scripted(1.0, float("nan"))), rebuild(2))
+    assert (again.outcome, again.blobs) == ("diverged", {})
+    assert again.message == "trained again, val_loss is nan, as it was not the first time"
 
 
 def test_when_asked_to_stop_it_ends_between_epochs_without_a_result() -> None:

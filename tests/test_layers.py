@@ -24,13 +24,15 @@ DRAWING = """
 7  __main__ cli.*                                                             # front door: parse, choose, print, exit
 6  fleets.* tracker.* report.* tpe                                            # ray; mlflow; the plots; optuna
 5  study worker assembly packing                                              # give out jobs | pull, run, push
+5  keeping forecast mirror carrier                                            # what is kept, where, and how much
 4  stages.*                                                                   # journal view -> next jobs
 3  training.* pyfunc_model                                                    # torch
 2  sampler rungs lr_curve selection intervals verdict budget triage predict   # pure decisions, numpy and SciPy only
-2  leases                                                                     # of values as well
+2  edits leases retention diagnosis space_diagnosis                           # of values as well
 1  hpsearch spec spec_model spec_problems yaml_reader space task task_source  # what is written
-1  metric_names                                                               # what can be named
+1  metric_names task_code                                                     # what can be named
 1  job trial state events journal blobs notes package                         # what is passed on and kept
+1  storage archive restore                                                     # what outlives a study's machines
 0  errors
 """
 ROW = {
@@ -42,12 +44,16 @@ ROW = {
 # Who may import what is large.
 OWNERS: dict[str, tuple[str, ...]] = {
     "torch": ("training.*", "task"),
-    "ray": ("fleets.tune", "fleets.ray_cluster", "fleets.study_actor"),
+    "ray": (
+        *("fleets.tune", "fleets.ray_cluster", "fleets.study_actor", "fleets.worker_group", "fleets.storage_check"),
+        "fleets.submission",
+    ),
     "mlflow": ("tracker.*", "pyfunc_model"),
     "optuna": ("tpe",),
+    "pyarrow": ("storage",),
 }
 # Imports that must stay inside functions: the defaults of a task's methods need torch, and `validate` reads task.
-LATE: tuple[tuple[str, str], ...] = (("task", "training.*"), ("task", "torch"))
+LATE: tuple[tuple[str, str], ...] = (("task", "training.*"), ("task", "torch"), ("storage", "pyarrow"))
 
 PACKAGE = Path(__file__).resolve().parent.parent / "hpsearch"
 

@@ -8,6 +8,7 @@ from hpsearch.leases import (
     INHERIT_S,
     MOST_DEATHS,
     SHORTEST_FIRST_LEASE_S,
+    SHORTEST_LEASE_OWN_LOOP_S,
     SHORTEST_LEASE_S,
     SILENCES,
     LeaseBook,
@@ -45,7 +46,24 @@ def test_first_lease_is_never_shorter_than_a_compilation() -> None:
     book = LeaseBook()
     book.begin("a", now=0.0)
     book.heard("a", now=0.01)
-    assert book.first_lease_s() == book.first_lease_s(own_loop=True) == SHORTEST_FIRST_LEASE_S
+    assert book.first_lease_s() == SHORTEST_FIRST_LEASE_S
+
+
+def test_every_epoch_of_a_users_fit_may_take_as_long_as_a_first_one() -> None:
+    book = LeaseBook()
+    book.begin("a", now=0.0)
+    book.heard("a", now=400.0)
+    limit = SILENCES * 400.0
+    assert book.first_lease_s(own_loop=True) == limit > SHORTEST_LEASE_OWN_LOOP_S
+    assert book.overdue(400.0 + limit, own_loop=True) == []
+    assert book.overdue(401.0 + limit, own_loop=True) == [("a", limit)]
+
+
+def test_short_epochs_of_a_users_fit_are_no_measure_for_another_config() -> None:
+    book = LeaseBook()
+    book.begin("a", now=0.0)
+    book.heard("a", now=2.0)
+    assert book.overdue(2.0 + SHORTEST_LEASE_OWN_LOOP_S, own_loop=True) == []
 
 
 def test_inherited_job_has_a_short_time_to_be_announced_and_then_an_ordinary_lease() -> None:
@@ -55,6 +73,10 @@ def test_inherited_job_has_a_short_time_to_be_announced_and_then_an_ordinary_lea
     assert book.overdue(INHERIT_S) == []
     assert book.overdue(INHERIT_S + 1) == [("b", INHERIT_S)]
     assert book.lease_s == SHORTEST_LEASE_S  # silence before the restart is nobody's measurement
+    book.end("b")
+    assert book.overdue(FIRST_LEASE_S) == []  # it may be compiling
+    book.heard("a", now=2.0)
+    assert book.overdue(FIRST_LEASE_S + 3) == [("a", SHORTEST_LEASE_S)]
 
 
 def test_job_that_ended_is_forgotten() -> None:

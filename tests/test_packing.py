@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from hpsearch.blobs import BlobStore
-from hpsearch.errors import JournalError
+from hpsearch.blobs import BlobStore, digest_of
+from hpsearch.errors import DamagedBlob
 from hpsearch.events import Compared, DataSeen, Event, Finished, Leased, Opened, Selected, TrialDrawn
 from hpsearch.job import Outcome
 from hpsearch.package import PackageError, read_package
@@ -129,9 +130,19 @@ def test_packing_again_replaces_the_older_package(run_dir: Path) -> None:
 
 def test_exported_file_that_is_gone_is_named_and_no_package_is_left(run_dir: Path) -> None:
     BlobStore(run_dir).drop("exports/1.safetensors")
-    with pytest.raises(JournalError, match=r"exports/1\.safetensors cannot be read"):
+    with pytest.raises(DamagedBlob, match=r"exports/1\.safetensors is damaged: the file is gone"):
         pack(run_dir, state_of(DATA, SELECTED, exported()))
     assert not (run_dir / FOLDER).exists()
+
+
+@pytest.mark.parametrize("ref", BLOBS)
+def test_exported_file_that_was_altered_is_named_and_no_package_is_left(run_dir: Path, ref: str) -> None:
+    digests = {name: digest_of(content) for name, content in BLOBS.items()}
+    events = (SELECTED, DATA, dataclasses.replace(exported(), digests=digests))
+    BlobStore(run_dir).keep({ref: BLOBS[ref].replace(b"e", b"E").replace(b"g", b"G")[:3]})
+    with pytest.raises(DamagedBlob, match=f"{ref} is damaged: its 3 bytes are not those that were written"):
+        pack(run_dir, state_of(*events))
+    assert not (run_dir / "package").exists()
 
 
 def test_folder_that_holds_something_else_is_left_alone(run_dir: Path) -> None:

@@ -22,6 +22,7 @@ from hpsearch.rungs import (
     NoStopping,
     Promotion,
     PromotionAsha,
+    Standing,
     StoppingRule,
     SynchronousHalving,
     make_rule,
@@ -600,3 +601,91 @@ def test_ten_thousand_trials_cost_microseconds_each(new_rule: Callable[[int], St
     started = time.perf_counter()
     Simulation(new_rule(10_000), n_trials=10_000, n_workers=8, seed=0)
     assert time.perf_counter() - started < 10  # 0.2 to 0.5 s on an idle machine; quadratic costs would show
+
+
+# Trials of another era
+
+
+def curve(trial: int, *values: float, withdrawn: bool = False) -> Standing:
+    """A trial with these values after epochs 1, 2, …"""
+    best = math.inf
+    rows = [(epoch, best := min(best, value)) for epoch, value in enumerate(values, start=1)]
+    return Standing(trial=trial, best_by_epoch=tuple(rows), withdrawn=withdrawn)
+
+
+def test_value_at_an_epoch_is_the_best_up_to_it() -> None:
+    standing = curve(0, 0.5, 0.3, 0.4, 0.2)
+    assert [standing.value_at(epoch) for epoch in (0, 1, 2, 3, 4)] == [None, 0.5, 0.3, 0.3, 0.2]
+    assert standing.epoch == 4
+    late = Standing(trial=0, best_by_epoch=((3, 0.5),))
+    assert [late.value_at(epoch) for epoch in (1, 3)] == [None, 0.5]
+    assert Standing(trial=0, best_by_epoch=()).epoch == 0
+
+
+@every_pausing_rule
+def test_restored_trial_is_paused_at_the_highest_rung_that_it_passed(new_rule: Callable[[int], StoppingRule]) -> None:
+    rule = new_rule(2)
+    rule.restore([curve(0, *[0.5] * 4), curve(1, *[0.9] * 30)])
+    for epoch in rule.epochs:
+        assert rule.keeps_going(1, epoch) in (True, False)  # it was recorded at each
+    best = rule.best_paused()
+    assert best is not None
+    assert (best.trial, best.from_epoch) == (0, max(epoch for epoch in rule.epochs if epoch <= 4))
+
+
+@every_pausing_rule
+def test_restored_trial_that_was_withdrawn_keeps_its_place_and_never_goes_on(
+    new_rule: Callable[[int], StoppingRule],
+) -> None:
+    rule = new_rule(6)
+    rule.restore([curve(0, 0.1, withdrawn=True), *(curve(n, 0.2 + n / 10) for n in range(1, 6))])
+    assert 0 not in trials_of(take_promotable(rule))
+    assert rule.best_paused() is None or rule.best_paused().trial != 0  # type: ignore[union-attr]
+
+
+@every_rule
+def test_restored_trial_without_a_finite_value_is_compared_nowhere(new_rule: Callable[[int], StoppingRule]) -> None:
+    rule = new_rule(2)
+    rule.restore([Standing(trial=0, best_by_epoch=()), Standing(trial=1, best_by_epoch=(), withdrawn=True)])
+    assert rule.promotable() is None
+    assert rule.best_paused() is None
+
+
+@every_pausing_rule
+@given(values=st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=30), min_size=1, max_size=12))
+def test_restoring_trials_at_the_lowest_rung_is_recording_them(
+    new_rule: Callable[[int], StoppingRule], values: list[list[float]]
+) -> None:
+    first = new_rule(1).first_target
+    curves = [(run * first)[:first] for run in values]
+    recorded, restored = new_rule(len(values)), new_rule(len(values))
+    for trial, run in enumerate(curves):
+        recorded.record(trial, first, min(run))
+    restored.restore(curve(trial, *run) for trial, run in enumerate(curves))
+    assert take_promotable(restored) == take_promotable(recorded)
+    assert restored.best_paused() == recorded.best_paused()
+
+
+def test_synchronous_rung_is_decided_by_all_restored_trials_and_waits_for_the_rest() -> None:
+    """Trial 3 went further under other rungs though it ranks last; it is not waited for, and not overlooked."""
+    rule = SynchronousHalving(1, 9, 3, n_trials=6)
+    rule.restore([*(curve(n, 0.1 * (n + 1)) for n in range(3)), curve(3, 0.9, 0.8, 0.05)])
+    assert rule.promotable() is None
+    for trial in (4, 5):
+        rule.record(trial, 1, 0.7)
+    chosen = take_promotable(rule)
+    assert trials_of(chosen) == [0, 1]
+    rule.record(0, 3, 0.09)
+    assert rule.promotable() is None
+    rule.record(1, 3, 0.2)
+    assert trials_of(take_promotable(rule)) == [3]
+
+
+def test_synchronous_rung_waits_for_a_restored_trial_that_has_not_come_to_it() -> None:
+    rule = SynchronousHalving(2, 8, 2, n_trials=4)
+    rule.restore([curve(0, 0.1, 0.1), curve(1, 0.2, 0.2), curve(2, 0.3), Standing(trial=3, best_by_epoch=())])
+    assert rule.promotable() is None
+    rule.record(2, 2, 0.3)
+    assert rule.promotable() is None
+    rule.record(3, 2, 0.4)
+    assert trials_of(take_promotable(rule)) == [0, 1]

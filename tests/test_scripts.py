@@ -75,7 +75,7 @@ def calls(machine: Path) -> Callable[[], list[str]]:
     return calls
 
 
-@pytest.mark.parametrize("name", ["setup", "demo", "test", "check", "bench", "../.ci/run"])
+@pytest.mark.parametrize("name", ["setup", "demo", "test", "check", "bench", "cluster-test", "../.ci/run"])
 def test_scripts_are_executable_bash_that_stops_at_the_first_error(repository: Path, name: str) -> None:
     path = repository / "scripts" / name
     assert os.access(path, os.X_OK)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from hpsearch.events import Event, Finished, Leased, Opened, RangeMeasured, Returned, TrialDrawn
 from hpsearch.job import Config, TrainJob
 from hpsearch.rungs import make_rule
-from hpsearch.sampler import Bounds
+from hpsearch.sampler import BoundsOf
 from hpsearch.stages.search import Search, SearchSettings
 from hpsearch.state import StudyState
 from hpsearch.trial import TrialState
@@ -17,7 +19,7 @@ from hpsearch.trial import TrialState
 class CountingSampler:
     """Config i is {"lr": 10**-i, "optimizer": sgd for odd i}."""
 
-    def config(self, number: int, bounds: Bounds) -> Config | None:
+    def config(self, number: int, bounds: BoundsOf) -> Config | None:
         config: Config = {"lr": 10.0**-number, "optimizer": "sgd" if number % 2 else "adamw"}
         return None if bounds(config) is None else config
 
@@ -34,26 +36,58 @@ class Bench:
     measured: tuple[str, ...] = ()
     rule: str = "asha"
     n_complete: int = 2
+    min_epochs: int = 1
+    max_epochs: int = 9
+    reduction_factor: int = 3
     state: StudyState = field(default_factory=StudyState)
     time: float = 0.0
     told: list[Event] = field(default_factory=list)
+    first: bool = True  # of the study's drivers
 
     def __post_init__(self) -> None:
         self.search = Search(
             SearchSettings(
                 n_trials=self.n_trials,
-                max_epochs=9,
+                max_epochs=self.max_epochs,
                 study_seed=0,
                 n_complete=self.n_complete,
                 per=("optimizer",),
                 measured=self.measured,
+                stopping=self.stopping,
             ),
             self.state,
             sampler=CountingSampler(),
-            rule=make_rule(self.rule, min_epochs=1, max_epochs=9, reduction_factor=3, n_trials=self.n_trials),  # type: ignore[arg-type]
+            make_rule=lambda: make_rule(
+                self.rule,  # type: ignore[arg-type]
+                min_epochs=self.min_epochs,
+                max_epochs=self.max_epochs,
+                reduction_factor=self.reduction_factor,
+                n_trials=self.n_trials,
+            ),
         )
-        spec = {"metric": {"name": "val_loss", "goal": "minimize"}, "early_stopping": {"max_epochs": 9}}
-        self.tell(Opened(study="s", uid="u", spec=spec, spec_text=""))
+        if self.first:
+            self.tell(self.opened())
+
+    @property
+    def stopping(self) -> dict[str, object]:
+        return {
+            "type": self.rule,
+            "min_epochs": self.min_epochs,
+            "max_epochs": self.max_epochs,
+            "reduction_factor": self.reduction_factor,
+        }
+
+    def opened(self) -> Opened:
+        spec = {"metric": {"name": "val_loss", "goal": "minimize"}, "early_stopping": self.stopping}
+        return Opened(study="s", uid="u", spec=spec, spec_text="")
+
+    def edited(self, **changes: Any) -> Bench:
+        """The same study, opened again by a driver with other settings."""
+        other = dataclasses.replace(self, **changes, state=StudyState(), told=[], time=0.0, first=False)
+        other.tell(*self.told, other.opened())
+        for lease in list(other.state.leases.values()):
+            other.tell(Returned(key=lease.key, worker=lease.worker, reason="the driver went"))
+        return other
 
     def tell(self, *events: Event) -> None:
         for event in events:
@@ -303,3 +337,156 @@ def test_drawn_trial_is_the_job_it_came_from() -> None:
     drawn = bench.search.drawn(job)
     assert drawn == TrialDrawn(trial=0, config=job.config, seed=job.seed)
     assert bench.search.drawn(job) == drawn
+
+
+# Eras
+
+
+def trained(bench: Bench, losses: Mapping[int, float], n_jobs: int) -> None:
+    """So many jobs, done one after another."""
+    for _ in range(n_jobs):
+        job = bench.take()
+        assert job is not None
+        bench.finish(job, losses[job.trial])
+
+
+LOSSES = {number: float(number) for number in range(9)}
+
+
+def test_longer_training_pauses_complete_trials_and_lets_the_best_go_on() -> None:
+    bench = Bench()
+    bench.run(LOSSES)
+    assert bench.search.finished()
+    longer = bench.edited(max_epochs=27)
+    assert not longer.search.finished()
+    assert longer.run(LOSSES) == ["train/0/9-27", "train/1/9-27"]
+    assert longer.search.finished()
+
+
+def test_trial_past_a_new_rung_is_compared_there_and_goes_on_from_its_own_epoch() -> None:
+    bench = Bench(rule="sha")
+    bench.run(LOSSES)  # three have come to epoch 3, two of them to 9
+    other = bench.edited(rule="sha", min_epochs=2, reduction_factor=2, max_epochs=16)
+    keys = other.run(LOSSES)
+    assert keys[:6] == [f"train/{number}/1-2" for number in range(3, 9)]
+    assert "train/2/3-4" in keys
+    assert "train/0/9-16" in keys
+    assert not any(key.startswith(("train/0/3", "train/1/3")) for key in keys)
+
+
+def test_shorter_training_leaves_nothing_to_do_with_trials_that_are_beyond_it() -> None:
+    bench = Bench()
+    bench.run(LOSSES)
+    assert bench.edited(max_epochs=3).search.finished()
+
+
+def test_job_of_an_older_era_is_not_given_out_again() -> None:
+    """Its trial is judged anew: it stands at the lowest rung, where the others' values are not in yet."""
+    bench = Bench(rule="sha")
+    trained(bench, LOSSES, 9)
+    lost = bench.take()
+    assert lost is not None
+    assert lost.key == "train/0/1-3"
+    other = bench.edited(rule="sha", min_epochs=1, reduction_factor=2)
+    assert other.run(LOSSES)[0] == "train/0/1-2"
+
+
+def test_trial_that_passed_no_rung_is_trained_to_the_first() -> None:
+    bench = Bench()
+    trained(bench, LOSSES, 2)
+    other = bench.edited(min_epochs=4)
+    assert other.run(LOSSES)[:3] == ["train/0/1-4", "train/1/1-4", "train/2/0-4"]
+
+
+def test_value_at_a_new_rung_is_the_best_up_to_it() -> None:
+    """Trial 0 was bad at epoch 1 and good at 3; at rung 2 only its first two epochs count."""
+    bench = Bench(n_trials=3, rule="none", max_epochs=3)
+    for curve in ((0.9, 0.8, 0.1), (0.5, 0.5, 0.5), (0.6, 0.6, 0.6)):
+        job = bench.take()
+        assert job is not None
+        rows = tuple((epoch, {"val_loss": loss}, 0.1) for epoch, loss in enumerate(curve, start=1))
+        values = {"checkpoint": job.key, "best_checkpoint": job.key, "resumable": True}
+        bench.tell(Finished(key=job.key, worker="w", outcome="done", trial=job.trial, values=values, epochs=rows))
+    other = bench.edited(rule="asha", min_epochs=2, max_epochs=6, reduction_factor=3)
+    job = other.take()
+    assert job is not None
+    assert job.key == "train/1/3-6"
+
+
+def test_era_that_was_interrupted_goes_on_as_it_would_have() -> None:
+    bench = Bench()
+    trained(bench, LOSSES, 7)
+    other = bench.edited(max_epochs=27, reduction_factor=2)
+    trained(other, LOSSES, 5)
+    again = other.edited()
+    assert again.run(LOSSES) == other.run(LOSSES)
+
+
+def test_settings_edited_back_begin_an_era_of_their_own() -> None:
+    """What was trained meanwhile, to other rungs, counts where it has come to."""
+    bench = Bench(n_trials=4)
+    trained(bench, LOSSES, 2)
+    between = bench.edited(min_epochs=2)
+    trained(between, LOSSES, 3)
+    back = between.edited(min_epochs=1)
+    assert all(job.split("/")[-1].split("-")[1] in ("1", "3", "9") for job in back.run(LOSSES))
+    assert back.search.finished()
+
+
+def test_sampler_is_told_of_every_era() -> None:
+    class Listening(CountingSampler):
+        def __init__(self) -> None:
+            self.seen: list[tuple[int, int]] = []
+
+        def observe(self, number: int, config: Config, objective: float | None, epoch: int) -> None:
+            self.seen.append((number, epoch))
+
+    bench = Bench()
+    trained(bench, LOSSES, 4)
+    other = bench.edited(max_epochs=27)
+    listening = Listening()
+    search = Search(
+        SearchSettings(
+            n_trials=9, max_epochs=27, study_seed=0, n_complete=2, per=(), measured=(), stopping=other.stopping
+        ),
+        state := StudyState(),
+        sampler=listening,
+        make_rule=lambda: make_rule("asha", min_epochs=1, max_epochs=27, reduction_factor=3, n_trials=9),
+    )
+    for time, event in enumerate(other.told):
+        state.apply(event, float(time))
+        search.apply(event)
+    assert listening.seen == [(0, 1), (1, 1), (2, 1), (0, 3)]
+
+
+def test_a_key_of_early_stopping_that_an_older_version_did_not_have_begins_no_era() -> None:
+    bench = Bench(n_trials=2)
+    bench.run(LOSSES)
+    old = Opened(study="s", uid="u", spec={"early_stopping": {"max_epochs": 9}}, spec_text="")
+    before = bench.search._rule
+    bench.tell(old, bench.opened())
+    assert bench.search._rule is before
+
+
+def test_trial_that_diverged_at_the_top_of_its_rung_never_goes_on_under_new_ones() -> None:
+    bench = Bench(rule="sha", n_complete=1)
+    trained(bench, LOSSES, 9)
+    job = bench.take()
+    assert job is not None
+    assert job.key == "train/0/1-3"
+    bench.finish(job, outcome="diverged")
+    other = bench.edited(rule="sha", max_epochs=27)
+    assert not any(key.startswith("train/0/") for key in other.run(LOSSES))
+
+
+def test_trial_that_was_let_go_never_goes_on_under_new_rungs() -> None:
+    losses = {0: 0.5, 1: 0.9, 2: 0.8}
+    bench = Bench(n_trials=3, n_complete=1)
+    while not any(trial.let_go for trial in bench.state.trials.values()):
+        job = bench.take("a")
+        assert job is not None
+        bench.finish(job, loss=losses[job.trial], worker="a", resumable=False)
+    assert bench.state.trials[1].let_go
+    keys = bench.edited(reduction_factor=2, n_complete=3).run(losses)
+    assert not any(key.startswith("train/1/") for key in keys)
+    assert {key.split("/")[1] for key in keys} == {"2"}  # 0 is complete

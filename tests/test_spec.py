@@ -103,9 +103,10 @@ def test_name_task_and_parameters_are_enough_and_the_rest_has_defaults() -> None
         },
         "finish": {"enabled": False, "trials": 8, "extra_epochs": 9},
         "ensemble": {"enabled": True, "pool": 20, "size": 5},
-        "resources": {"cpus": 1.0, "gpus": 0.0, "lanes": "auto", "threads": 1},
+        "resources": {"cpus": 1.0, "gpus": 0.0, "custom": {}, "lanes": "auto", "threads": 1},
         "budget": {"hours": None, "gpu_hours": None, "epochs": None, "disk": None},
         "mlflow": {"experiment": "digits", "registered_model": "digits", "alias": "champion"},
+        "storage": None,
         "shuffle": True,
     }  # fmt: skip
 
@@ -204,7 +205,7 @@ def test_overrides_change_add_and_are_checked_like_the_file() -> None:
         "error[ensemble-size]: --set ensemble.size: `ensemble` needs size <= pool (got size=30, pool=20)"
         "\n  hint: members come from the pool",
         "error[unknown-key]: --set serch.trials: `serch` is not a key of space.yaml (known: name, task, metric, metrics, seed, "
-        "search, parameters, preflight, lr_range, early_stopping, finish, ensemble, resources, budget, mlflow, shuffle)"
+        "search, parameters, preflight, lr_range, early_stopping, finish, ensemble, resources, budget, mlflow, storage, shuffle)"
         "\n  hint: did you mean search?",
     ]
 
@@ -261,7 +262,7 @@ def test_the_contracts_later_keys_answer_not_built_yet() -> None:
     [
         *(
             (f"{key}: {{}}", f"space.yaml:5:1: `{key}` is not built yet\n  hint: leave it out")
-            for key in ("baseline", "baselines", "confirm", "evaluate", "distill", "storage", "precision")
+            for key in ("baseline", "baselines", "confirm", "evaluate", "distill", "precision")
         ),
         (
             "early_stopping: {type: hyperband}",
@@ -271,7 +272,6 @@ def test_the_contracts_later_keys_answer_not_built_yet() -> None:
             "resources: {lanes: 4}",
             "space.yaml:5:20: `lanes: 4` is not built yet\n  hint: write lanes: auto or lanes: 1",
         ),
-        ("resources: {custom: {}}", "space.yaml:5:13: `resources.custom` is not built yet\n  hint: leave it out"),
         ("finish: {enabled: true}", "space.yaml:5:1: `finish` is not built yet\n  hint: write enabled: false"),
     ],
 )
@@ -324,7 +324,7 @@ def test_what_comes_later_says_so(lines: str, message: str) -> None:
             "n_trials: 3",
             "error[unknown-key]: space.yaml:5:1: `n_trials` is not a key of space.yaml (known: name, task, metric, "
             "metrics, seed, search, parameters, preflight, lr_range, early_stopping, finish, ensemble, resources, budget, "
-            "mlflow, shuffle)\n  hint: Optuna's n_trials is called trials here, under `search`",
+            "mlflow, storage, shuffle)\n  hint: Optuna's n_trials is called trials here, under `search`",
         ),
         (
             "search: {max_t: 3}",
@@ -386,6 +386,21 @@ def test_what_comes_later_says_so(lines: str, message: str) -> None:
         (
             "resources: {lanes: many}",
             'error[option]: space.yaml:5:20: `resources.lanes` is auto or 1 (got "many")',
+        ),
+        (
+            "resources: {custom: {GPU: 1}}",
+            'error[custom]: space.yaml:5:13: `resources.custom` names "GPU", which has a key of its own\n'
+            "  hint: write resources.gpus",
+        ),
+        (
+            "resources: {custom: {a b: 1}}",
+            "error[custom]: space.yaml:5:13: `resources.custom` holds names of Ray's resources (got \"a b\")\n"
+            "  hint: such as accelerator_type:A100, or what `ray start --resources` named",
+        ),
+        (
+            "resources: {custom: {highmem: 0}}",
+            "error[custom]: space.yaml:5:13: `resources.custom` holds amounts of at least 0.0001, Ray's finest "
+            "(got highmem: 0.0)\n  hint: leave it out if none is needed",
         ),
         (
             "resources: {gpus: 1.5}",

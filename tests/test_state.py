@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from hpsearch.events import (
     Finished,
     Leased,
     Opened,
+    RangeMeasured,
     Returned,
     StageBegan,
     StageEnded,
@@ -132,3 +134,118 @@ def test_crashes_are_forgiven_when_a_study_that_a_bug_stopped_is_resumed() -> No
     resumed = state_after(*stopped, OPENED)
     assert resumed.trials[0].crashes == 0
     assert "ramp/all/0" not in resumed.results
+
+
+# Edited specs
+
+RAMPED = {
+    **SPEC,
+    "lr_range": {"enabled": True, "min": 1e-5, "max": 10.0, "steps": 100, "seeds": 5},
+    "parameters": {"lr": {"min": 1e-4, "max": 0.1}, "net": {"choices": {"deep": {"lr": {"min": 0.1, "max": 0.2}}}}},
+}
+
+
+def reopened(**sections: object) -> Opened:
+    return Opened(study="s", uid="u", spec={**RAMPED, **sections}, spec_text="")
+
+
+def ranged(branch: str, lr: float) -> RangeMeasured:
+    return RangeMeasured(
+        branch={"optimizer": branch}, lr=lr, low=lr, high=lr, spread_decades=0.0, at_edge=False, confirmed=False
+    )
+
+
+def ramped_state() -> StudyState:
+    state = StudyState()
+    ramp = Finished(key="ramp/optimizer=sgd/0", worker="w", outcome="done", values={"losses": [1.0], "epochs": 2.5})
+    evaluated = Finished(key="evaluate/ensemble/0", worker="w", outcome="done")
+    for event in (reopened(), ramp, evaluated, ranged("sgd", 0.1), ranged("adamw", 0.2)):
+        state.apply(event, 1.0)
+    return state
+
+
+def test_range_that_is_concluded_again_takes_the_place_of_its_branch() -> None:
+    state = ramped_state()
+    state.apply(ranged("sgd", 0.3), 2.0)
+    assert [(found.branch["optimizer"], found.lr) for found in state.ranges] == [("adamw", 0.2), ("sgd", 0.3)]
+
+
+@pytest.mark.parametrize("setting", [{"min": 1e-6}, {"max": 1.0}, {"steps": 50}])
+def test_ramps_of_other_settings_are_forgotten_with_their_ranges_and_their_epochs_count(
+    setting: dict[str, object],
+) -> None:
+    state = ramped_state()
+    lr_range = RAMPED["lr_range"]
+    assert isinstance(lr_range, dict)
+    state.apply(reopened(lr_range={**lr_range, **setting}), 2.0)
+    assert state.ranges == []
+    assert list(state.results) == ["evaluate/ensemble/0"]
+    assert state.ramp_epochs == 2.5
+    assert state.range_edits == 1
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"lr_range": {"enabled": True, "min": 1e-5, "max": 10.0, "steps": 100, "seeds": 7}},
+        {
+            "parameters": {
+                "lr": {"min": 1e-4, "max": 0.3},
+                "net": {"choices": {"deep": {"lr": {"min": 0.1, "max": 0.2}}}},
+            }
+        },
+        {
+            "parameters": {
+                "lr": {"min": 1e-4, "max": 0.1},
+                "net": {"choices": {"deep": {"lr": {"min": 0.1, "max": 0.3}}}},
+            }
+        },
+    ],
+    ids=["seeds", "bounds", "bounds-within-a-choice"],
+)
+def test_ranges_are_given_up_and_ramps_kept_where_they_can_be_concluded_from_them(section: dict[str, object]) -> None:
+    state = ramped_state()
+    state.apply(reopened(**section), 2.0)
+    assert state.ranges == []
+    assert "ramp/optimizer=sgd/0" in state.results
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {},
+        {"search": {"trials": 128}},
+        {"parameters": {**RAMPED["parameters"], "width": {"value": 1}}},  # type: ignore[dict-item]
+        {"lr_range": {**RAMPED["lr_range"], "enabled": False, "per": ["net"]}},  # type: ignore[dict-item]
+    ],
+)
+def test_ranges_stay_where_other_things_are_edited(section: dict[str, object]) -> None:
+    state = ramped_state()
+    state.apply(reopened(**section), 2.0)
+    assert len(state.ranges) == 2
+    assert state.range_edits == 0
+    assert state.edited is bool(section)
+
+
+def test_job_asked_for_under_another_spec_is_not_adopted_from_a_worker_that_still_has_it() -> None:
+    before: list[Event] = [drawn(0), leased(0, 0, 3), Returned(key="train/0/0-3", worker="w", reason="the driver went")]
+    assert state_after(*before, OPENED).returned == {"train/0/0-3"}
+    edited = Opened(study="s", uid="u", spec={**SPEC, "early_stopping": {"max_epochs": 27}}, spec_text="")
+    assert state_after(*before, edited).returned == set()
+
+
+def test_best_by_epoch_is_the_best_so_far_from_the_first_finite_value_on() -> None:
+    rows = (
+        (1, {"val_loss": math.nan}, 0.1),
+        (2, {"val_loss": 0.5}, 0.1),
+        (3, {"other": 0.0}, 0.1),
+        (4, {"val_loss": 0.7}, 0.1),
+    )
+    state = state_after(drawn(0), leased(0, 0, 4), dataclasses.replace(finished(0, 0, 4), epochs=rows))
+    assert state.best_by_epoch(state.trials[0]) == ((2, 0.5), (3, 0.5), (4, 0.5))
+
+
+def test_budget_that_ended_the_search_is_forgotten_when_it_goes_on() -> None:
+    ended: list[Event] = [StageBegan(stage="search"), StageEnded(stage="search", reason="budget.hours: 1")]
+    assert state_after(*ended).budget_spent == "budget.hours: 1"
+    assert state_after(*ended, OPENED, StageBegan(stage="search")).budget_spent == ""

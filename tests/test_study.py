@@ -412,7 +412,7 @@ def test_defect_met_while_a_result_is_kept_ends_the_study_with_a_word(
     study = make(background=True)
     study.hello("w", INFO)
     job = take(study, "w")
-    monkeypatch.setattr(study, "_drop_replaced", lambda event: 1 / 0)
+    monkeypatch.setattr(study._keeping, "sweep", lambda: 1 / 0)
     study.push("w", [answer(job)])
     deadline = time.monotonic() + 10
     while not study.ended and time.monotonic() < deadline:
@@ -708,6 +708,22 @@ def test_many_threads_and_500_trials_leave_a_consistent_journal(tmp_path: Path) 
     assert replayed.selected == study.state.selected
     for trial in replayed.trials.values():
         assert [row.epoch for row in trial.curve] == list(range(1, trial.epoch + 1))
+
+
+def test_worker_that_is_lost_while_it_waits_for_work_is_given_none(tmp_path: Path) -> None:
+    """Its question outlives it: a job given in answer would be in nobody's hands."""
+    study = open_study(tmp_path, parse_spec(SPACE, overrides=["search.trials=1"]), make_sampler=fakes.make_sampler)
+    study.hello("a", INFO)
+    jobs = [job for _ in range(9) for job in study.pull("a").jobs]  # all there is for now
+    waiting = threading.Thread(target=study.pull, args=("b",), kwargs={"timeout_s": 20.0})
+    waiting.start()
+    threading.Event().wait(0.05)
+    study.lost("b")
+    study.push("a", [answer(job) for job in jobs])
+    waiting.join(timeout=20)
+    assert not waiting.is_alive()
+    assert all(lease.worker != "b" for lease in study.state.leases.values())
+    study.close()
 
 
 def test_worker_that_waits_is_woken_by_the_result_it_waits_for(tmp_path: Path) -> None:

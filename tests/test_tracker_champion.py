@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from hpsearch.tracker.champion import Scored, decide_alias
+from hpsearch.tracker.champion import AliasDecision, Scored, decide_alias
 
 
 def scored(version: str, value: float | None, **changes: str) -> Scored:
@@ -66,3 +67,13 @@ def test_holder_without_a_score_keeps_the_alias() -> None:
 
 def test_version_that_holds_the_alias_keeps_it() -> None:
     assert decide_alias(scored("1", 0.3), scored("1", 0.3), alias="champion").moves
+
+
+def test_ensemble_no_better_than_ignoring_the_inputs_gets_no_alias_even_as_the_first() -> None:
+    new = replace(scored("1", 0.3), beats_baseline=False)
+    for holder in (None, scored("0", 0.9)):
+        decision = decide_alias(new, holder, alias="champion")
+        assert decision == AliasDecision(
+            moves=False, why="it is not better than ignoring the inputs, so it is not champion"
+        )
+    assert decide_alias(replace(new, beats_baseline=True), None, alias="champion").moves

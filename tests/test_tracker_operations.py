@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpsearch.events import Compared
+from hpsearch.events import Compared, Opened
 from hpsearch.job import EpochMetrics
 from hpsearch.journal import read_journal
 from hpsearch.notes import Note
@@ -337,3 +337,36 @@ def test_epoch_times_rise_from_start_to_end(seconds: list[float], length: float)
     assert times == sorted(times)
     assert all(1000.0 <= t <= 1000.0 + length for t in times)
     assert not times or times[-1] == 1000.0 + length
+
+
+def test_edited_settings_are_told_as_tags_and_the_params_stay() -> None:
+    script = Script(max_epochs=3)
+    before = due(script.state())
+    assert "hpsearch.early_stopping.max_epochs" not in settings_of(before)
+    edited = due(script.resume(max_epochs=9).state(), {"parent/settings": before["parent/settings"].revision})
+    assert settings_of(edited)["hpsearch.early_stopping.max_epochs"] == "9"
+    back = due(script.resume(max_epochs=3).state(), {"parent/settings": edited["parent/settings"].revision})
+    assert settings_of(back)["hpsearch.early_stopping.max_epochs"] == "3"
+    for told in (before, edited, back):
+        study = told["study"]
+        assert isinstance(study, OpenStudy)
+        assert study.content.params["early_stopping.max_epochs"] == "3"
+
+
+def settings_of(operations: dict[str, Operation]) -> dict[str, str]:
+    operation = operations["parent/settings"]
+    assert isinstance(operation, UpdateStudy)
+    return dict(operation.content.tags)
+
+
+def test_ranges_that_were_concluded_anew_have_a_run_of_their_own() -> None:
+    """Params of a run cannot be changed; what trials were drawn from before stays to be seen."""
+    script = Script().data().lr_range()
+    old = due(script.state())["lr-range"]
+    spec = dict(script.state().opened.spec)  # type: ignore[union-attr]
+    spec["parameters"] = {"lr": {"distribution": "log_uniform", "min": 1e-5, "max": 0.1}, "width": {"values": [8, 16]}}
+    script.add(Opened(study="digits", uid=UID, spec=spec, spec_text=""))
+    assert "lr-range" not in "".join(due(script.state(), {"lr-range": old.revision}))
+    found = child(due(script.lr_range().state(), {"lr-range": old.revision}), "lr-range/2")
+    assert found.name == "lr-range"
+    assert found.content.tags["hpsearch.op"] == "lr-range/2"

@@ -20,10 +20,13 @@ from hpsearch.events import (
     TrialDrawn,
 )
 from hpsearch.job import Outcome
+from hpsearch.spec import parse_spec
 from hpsearch.state import StudyState
 from hpsearch.verdict import epochs, lr_ranges, measured_metrics, top, trial_counts, val_metrics, verdict
 
-SPEC = {"metric": {"name": "val_loss", "goal": "minimize"}, "early_stopping": {"max_epochs": 3}, "seed": 7}
+SPEC = parse_spec(
+    "name: digits\ntask: t.py:T\nseed: 7\nearly_stopping: {max_epochs: 3}\nparameters: {lr: {min: 1e-3, max: 1.0}}"
+).dump()
 Rows = list[dict[str, float]]
 
 
@@ -107,6 +110,12 @@ def test_whole_verdict_of_a_whole_study() -> None:
             "val": {"loss": 0.3, "accuracy": 0.7},
             "test": {"loss": 0.32, "accuracy": 0.9},
             "test_intervals": {"loss": {"value": 0.32, "low": 0.3, "high": 0.34}},
+            "confirmed": None,
+        },
+        "baselines": {"gain": None},
+        "diagnosis": {
+            "best": [],
+            "space": [{"name": "diverged", "words": "1 of 3 trials diverged (33%)", "hint": ""}],
         },
         "ensemble": {
             "members": [{"trial": 0, "weight": 0.6}, {"trial": 1, "weight": 0.4}],
@@ -170,6 +179,7 @@ def test_ranking_is_by_the_best_epoch_with_the_lower_number_first_and_diverged_l
         "epoch": 2,
         "epochs_trained": 3,
         "val": {"loss": 0.2, "accuracy": 0.8},
+        "diagnosis": [],
     }
     assert [row["trial"] for row in top(state, 2)] == [1, 3]
     assert len(top(state, 99)) == 5
@@ -177,7 +187,10 @@ def test_ranking_is_by_the_best_epoch_with_the_lower_number_first_and_diverged_l
 
 def test_trial_that_never_ended_an_epoch_has_no_metrics() -> None:
     state = state_of(TrialDrawn(trial=0, config={}, seed=0))
-    assert top(state) == [{"trial": 0, "config": {}, "state": "waiting", "epoch": 0, "epochs_trained": 0, "val": {}}]
+    (row,) = top(state)
+    assert row == {
+        "trial": 0, "config": {}, "state": "waiting", "epoch": 0, "epochs_trained": 0, "val": {}, "diagnosis": [],
+    }  # fmt: skip
     assert val_metrics(state.trials[0]) == {}
 
 

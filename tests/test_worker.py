@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from hpsearch.errors import ClusterError, HpsearchError, JournalError, UserCodeError
+from hpsearch.errors import ClusterError, HpsearchError, JournalError, ProcessSpent, UserCodeError
 from hpsearch.job import Assignment, DataInfo, Job, ProbeJob, Result
-from hpsearch.worker import BATCH_S, SHORT_JOB_S, LooksAhead, Worker, internal_error
+from hpsearch.worker import BATCH_S, SHORT_JOB_S, TELL_S, LooksAhead, Worker, internal_error
 from tests import fakes
 
 
@@ -259,3 +259,142 @@ def test_internal_error_names_the_exception() -> None:
     assert str(internal_error(ZeroDivisionError("by zero"))).startswith(
         "error[error]: internal error: ZeroDivisionError: by zero\n  hint: please report this"
     )
+
+
+@dataclass
+class FakeAlarm:
+    calls: list[float | None] = field(default_factory=list)  # seconds that it was armed with, None: disarmed
+
+    def arm(self, silence_s: float) -> None:
+        self.calls.append(silence_s)
+
+    def disarm(self) -> None:
+        self.calls.append(None)
+
+
+class TalkingExecutor(TimedExecutor):
+    """Says that a job is alive `n_signs` times, every `sign_s` seconds of the clock."""
+
+    def __init__(self, clock: Clock, sign_s: float, n_signs: int) -> None:
+        super().__init__(clock)
+        self._sign_s, self._n_signs = sign_s, n_signs
+
+    def run(
+        self, jobs: Sequence[Job], fetch: Callable[[str], bytes], progress: Callable[[str, int], None]
+    ) -> Iterator[Result]:
+        for job in jobs:
+            for epoch in range(self._n_signs):
+                self._clock.now += self._sign_s
+                progress(job.key, epoch)
+            yield Result(key=job.key)
+
+
+def signs(study: FakeStudy) -> int:
+    return sum(call[0] == "progress" for call in study.calls)
+
+
+def test_worker_tells_where_its_process_runs() -> None:
+    seats = []
+
+    class Hotel(FakeStudy):
+        def arriving(self, worker: str, node: str = "", pid: int = 0) -> None:
+            seats.append((worker, node, pid))
+
+    Worker("w", Hotel(), fakes.FakeExecutor, node="n1", pid=77).run()
+    assert seats == [("w", "n1", 77)]
+
+
+def test_signs_of_life_are_told_once_a_second_however_short_an_epoch_is(clock: Clock) -> None:
+    study = FakeStudy([Assignment(jobs=(probe(1),))])
+    Worker("w", study, lambda: TalkingExecutor(clock, 0.125, 80)).run()
+    assert signs(study) == 10 / TELL_S
+
+
+def test_job_shorter_than_a_second_tells_of_itself_by_its_result_alone(clock: Clock) -> None:
+    study = FakeStudy([Assignment(jobs=(probe(1),))])
+    Worker("w", study, lambda: TalkingExecutor(clock, 0.125, 7)).run()
+    assert signs(study) == 0
+
+
+def test_long_leases_ask_for_fewer_signs_of_life(clock: Clock) -> None:
+    study = FakeStudy([Assignment(jobs=(probe(1),), lease_s=300.0)])
+    Worker("w", study, lambda: TalkingExecutor(clock, 1.0, 100)).run()
+    assert signs(study) == 10
+
+
+def test_alarm_is_set_anew_by_each_sign_of_life_and_off_while_the_worker_waits(clock: Clock) -> None:
+    alarm = FakeAlarm()
+
+    class Listening(FakeStudy):
+        def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0) -> Assignment:
+            assert not alarm.calls or alarm.calls[-1] is None
+            return super().pull(worker, slots, timeout_s)
+
+    study = Listening([Assignment(jobs=(probe(1), probe(2)), lease_s=60.0, first_lease_s=300.0)])
+    Worker("w", study, lambda: TalkingExecutor(clock, 2.0, 2), alarm=alarm).run()
+    assert alarm.calls == [300.0] * 7 + [None]
+
+
+def test_alarm_is_off_after_a_job_that_raised(clock: Clock) -> None:
+    alarm = FakeAlarm()
+    study = FakeStudy([Assignment(jobs=(probe(1),), lease_s=60.0, first_lease_s=300.0)])
+    Worker("w", study, lambda: FailingExecutor(clock, run=RuntimeError("shape")), alarm=alarm).run()
+    assert alarm.calls[-1] is None
+
+
+def test_study_that_tells_no_lease_sets_no_alarm(clock: Clock) -> None:
+    alarm = FakeAlarm()
+    Worker("w", FakeStudy([Assignment(jobs=(probe(1),))]), lambda: TalkingExecutor(clock, 2.0, 2), alarm=alarm).run()
+    assert alarm.calls == [None]
+
+
+class WearingExecutor(fakes.FakeExecutor):
+    """Unfit for more after its first job."""
+
+    def worn(self) -> str:
+        return "it holds 9 GiB" if self.ran else ""
+
+
+class SettlingStudy(AheadStudy):
+    def settle(self) -> None:
+        self.calls.append(("settle",))
+
+
+def test_worn_worker_pushes_what_it_has_and_makes_room_for_another_process(clock: Clock) -> None:
+    study = SettlingStudy([Assignment(jobs=(probe(1),)), Assignment(jobs=(probe(2),))])
+    with pytest.raises(ProcessSpent, match="it holds 9 GiB"):
+        Worker("w", study, WearingExecutor).run()
+    assert [call[0] for call in study.calls][-2:] == ["push", "settle"]
+    assert sum(call[0] == "pull" for call in study.calls) == 1
+
+
+def test_worn_worker_first_does_the_jobs_that_it_asked_for_ahead(clock: Clock) -> None:
+    """Else they would be leased to a process that is gone, and counted as its deaths."""
+
+    class WornLater(fakes.FakeExecutor):
+        def worn(self) -> str:
+            return "it holds 9 GiB" if len(self.ran) > 1 else ""
+
+    made: list[WornLater] = []
+
+    def make() -> WornLater:
+        made.append(WornLater())
+        return made[0]
+
+    study = SettlingStudy([Assignment(jobs=(probe(n),)) for n in range(1, 6)])
+    with pytest.raises(ProcessSpent):
+        Worker("w", study, make, most_at_once=1).run()
+    assert sum(call[0] == "look ahead" for call in study.calls) == 1
+    assert sum(call[0] == "pull" for call in study.calls) == len(made[0].ran) == 3
+
+
+def test_process_that_is_spent_while_it_begins_or_works_tells_the_study_of_no_error(clock: Clock) -> None:
+    class SpentAtOnce(fakes.FakeExecutor):
+        def describe(self) -> DataInfo:
+            raise ProcessSpent("out of step")
+
+    study = FakeStudy([Assignment(jobs=(probe(1),))])
+    for make in (SpentAtOnce, lambda: FailingExecutor(clock, run=ProcessSpent("out of step"))):
+        with pytest.raises(ProcessSpent):
+            Worker("w", study, make).run()
+    assert not any(call[0] == "broken" for call in study.calls)

@@ -23,6 +23,7 @@ INTERRUPTED = 130
 VERBS = {
     "validate": ("spec_verbs", "Check a space.yaml, without torch or Ray."),
     "schema": ("spec_verbs", "The JSON Schema of space.yaml, for editors."),
+    "check": ("check", "Preflight only: distrust the network before a search is spent on it."),
     "lr-find": ("launch", "Learning-rate range sweep only: table, plot, MLflow run."),
     "launch": ("launch", "The whole study: LR range, search, ensemble, MLflow."),
     "status": ("run_verbs", "Where a study stands."),
@@ -35,7 +36,6 @@ VERBS = {
 
 UNBUILT = {
     "init": "a working task file and space.yaml to start from",
-    "check": "preflight only",
     "plan": "trials, epochs, disk and time before anything is spent",
     "report": "one self-contained HTML page",
     "replay": "the same curves under other early-stopping settings",
@@ -100,7 +100,7 @@ def run(arguments: Sequence[str]) -> int:
     """Exit code of a command line."""
     as_json = "--json" in arguments
     try:
-        group.main(args=list(arguments), prog_name="hpsearch", standalone_mode=False)
+        code = group.main(args=list(arguments), prog_name="hpsearch", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return 2
@@ -120,7 +120,7 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # `hpsearch top … | head`
         sys.stderr.close()
         return 0
-    return 0
+    return code if isinstance(code, int) else 0  # of a verb that ran elsewhere
 
 
 def _help_hint(error: click.UsageError) -> str:

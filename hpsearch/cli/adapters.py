@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hpsearch.errors import UserCodeError
 from hpsearch.sampler import RandomSampler, Sampler, SobolSampler
 from hpsearch.spec import Spec
 from hpsearch.worker import Executor
@@ -26,20 +27,29 @@ def make_executor(spec: Spec, folder: Path) -> Executor:
     """The executor that trains with torch.
 
     Raises:
-        UserCodeError: the task does not load.
+        UserCodeError: the task does not load, or has no `fit` that could share the work of several GPUs.
     """
-    from hpsearch.task import load_task
+    from hpsearch.task import has_own_fit, load_task
     from hpsearch.training.executor import TorchExecutor
+    from hpsearch.training.memory import guard_of
 
     task = load_task(spec.task, folder)
     task.metric_names = tuple(dict.fromkeys([*task.metric_names, *spec.metric_names]))
+    gpus = spec.resources.gpus
+    if gpus > 1 and not has_own_fit(task):
+        raise UserCodeError(
+            f"resources.gpus is {gpus:g}, and {type(task).__name__} has no fit() of its own, which would have to share "
+            "a trial's work among them: the default loop trains on one GPU",
+            hint="write gpus: 1, and as many workers train as many trials at once; or write fit(), see hpsearch.Trial",
+        )
     return TorchExecutor(
         task,
         study_seed=spec.seed,
         threads=spec.resources.threads,
-        device="cuda" if spec.resources.gpus else "cpu",
-        cut_ensemble=spec.ensemble.enabled,
+        device="cuda" if gpus else "cpu",
+        cut_ensemble=spec.cuts_val,
         metric=spec.metric.name,
         goal=spec.metric.goal,
         shuffle=spec.shuffle,
+        guard_memory=guard_of(min(gpus, 1.0)),
     )

@@ -8,8 +8,21 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from hpsearch.budget import size_text
 from hpsearch.cli.output import is_terminal, number, say
-from hpsearch.events import DataSeen, Finished, RangeMeasured, Returned, StageBegan, StageEnded
+from hpsearch.events import (
+    Damaged,
+    DataSeen,
+    Finished,
+    OutOfRoom,
+    RangeMeasured,
+    Returned,
+    StageBegan,
+    StageEnded,
+    StorageBehind,
+    StorageCaughtUp,
+)
+from hpsearch.stages.preflight import checks
 from hpsearch.state import Entry, StudyState
 from hpsearch.trial import TrialState
 
@@ -20,7 +33,7 @@ LIVE_EVERY_S = 0.5
 PLAIN_EVERY_S = 10.0  # a line of progress where there is no terminal to redraw
 WARNINGS_SHOWN = 3
 
-STAGE_TITLES = {"lr_range": "LR range", "search": "search", "ensemble": "ensemble"}
+STAGE_TITLES = {"lr_range": "LR range"}
 
 
 class Display:
@@ -34,6 +47,7 @@ class Display:
         self._n_diverged = 0
         self._n_crashed = 0
         self._n_returned = 0
+        self._n_damaged = 0
 
     def __enter__(self) -> Display:
         if is_terminal():
@@ -71,6 +85,8 @@ class Display:
                 say(self._rows())
             case StageBegan(stage=stage):
                 say(f"{STAGE_TITLES.get(stage, stage)} …")
+            case StageEnded(stage="preflight"):
+                self._preflight()
             case StageEnded(stage="search", reason=reason):
                 say(f"search: {self._progress()}" + (f" (ended by {reason})" if reason else ""))
             case RangeMeasured() as measured:
@@ -85,8 +101,35 @@ class Display:
                 self._n_returned += 1
                 if self._n_returned <= WARNINGS_SHOWN:
                     say(f"note: {key} is given out again: {reason}")
+            case Damaged(ref=ref, message=message):
+                self._n_damaged += 1
+                if self._n_damaged <= WARNINGS_SHOWN:
+                    say(f"warning[damaged]: {ref}: {message}; what it held is made again where it is needed")
+                if self._n_damaged == WARNINGS_SHOWN:
+                    say("  note: further ones are counted, not shown")
+            case OutOfRoom(ref=ref, n_bytes=n_bytes):
+                say(f"warning[disk]: no room for {ref} ({size_text(n_bytes)}) beside the best few; the search ends")
+                say("  hint: a larger budget.disk, then launch --resume, goes on with it")
+            case StorageBehind(reason=reason, n_entries=n_entries):
+                say(f"warning[storage]: {reason}\n  note: {n_entries:,} entries of the journal are not there yet; "
+                    "they are sent when it can be done, on a later --resume at the latest")  # fmt: skip
+            case StorageCaughtUp():
+                say("note: storage has everything again")
             case _:
                 pass
+
+    def _preflight(self) -> None:
+        """How many checks passed; each that warned, or failed and may, with its cause."""
+        found = checks(self._state)
+        for check in found:
+            if check.status in ("warned", "failed"):
+                at = f" ({check.where})" if check.where else ""
+                say(f"warning[{check.code}]: not true that {check.name}{at}: {check.found} (expected {check.expected})")
+                say(f"  likeliest: {check.cause}\n  hint: {check.look_at}")
+        counts = {
+            word: sum(each.status == word for each in found) for word in ("passed", "warned", "failed", "skipped")
+        }
+        say(f"preflight: {', '.join(f'{n} {word}' for word, n in counts.items() if n)}")
 
     def _rows(self) -> str:
         """`rows: train 897, val 225, ensemble 225 (cut from val), test 450`"""

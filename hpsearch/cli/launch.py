@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import signal
 import sys
 import threading
@@ -14,26 +13,30 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hpsearch.assembly import STAGES, check_resume
+from hpsearch.assembly import STAGES
 from hpsearch.cli.adapters import make_executor, make_sampler
 from hpsearch.cli.display import Display
 from hpsearch.cli.environment import environment
-from hpsearch.cli.output import json_option, print_json, say, tool
+from hpsearch.cli.output import json_option, print_json, say
+from hpsearch.cli.refill import refill
+from hpsearch.cli.remote import Order, is_remote, run_there
+from hpsearch.cli.resume import check_new, check_resumed, command_again, wait_for_lock
 from hpsearch.cli.run_verbs import counts_line
 from hpsearch.cli.spec_verbs import SPACE
 from hpsearch.cli.verdict_text import lr_table, verdict_text
-from hpsearch.errors import NotBuiltYet, UsageError
+from hpsearch.errors import NoUsableTrial, UsageError
 from hpsearch.fleets import Fleet, Launch
-from hpsearch.journal import FILE_NAME, is_locked, read_journal
+from hpsearch.forecast import forecast
+from hpsearch.journal import FILE_NAME, read_journal
 from hpsearch.rungs import rung_epochs
 from hpsearch.spec import Spec, read_spec
 from hpsearch.state import Entry, StudyState
+from hpsearch.task_code import task_code
 from hpsearch.verdict import epochs, lr_ranges, verdict
 
 if TYPE_CHECKING:
     from hpsearch.tracker import SyncReport
 
-LOCK_WAIT_S = 30.0
 GO_S = 15.0  # that Ray may take to go after an interruption
 
 
@@ -42,7 +45,7 @@ GO_S = 15.0  # that Ray may take to go after an interruption
 @click.option("--run-dir", type=click.Path(path_type=Path), default=None, help="Default: runs/<name>.")
 @click.option("--resume", is_flag=True, help="Go on with the study of the run directory; start where there is none.")
 @click.option("--workers", type=click.IntRange(min=1), default=None, help="Default: as many as the resources hold.")
-@click.option("--address", default=None, help="A running Ray cluster: auto, or host:port. Default: this machine.")
+@click.option("--address", default=None, help="A Ray cluster: auto on its head, http://head:8265 from elsewhere.")
 @click.option("--fleet", type=click.Choice(["tune", "local"]), default="tune", show_default=True)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, dotted; repeatable.")
 @click.option("--tracking-uri", default=None, help="Instead of MLFLOW_TRACKING_URI.")
@@ -65,27 +68,53 @@ def launch(
     """The whole study of SPACE, a space.yaml: LR range, search, ensemble, MLflow."""
     started_at = time.monotonic()
     spec = read_spec(space, overrides)
-    run_dir = run_dir or Path("runs") / spec.name
     _check_address(address, fleet)
+    if address is not None and is_remote(address) and not dry_run:
+        flags = {"--resume": resume, "--skip-preflight": skip_preflight, "--json": as_json}
+        run_there(
+            Order(
+                verb="launch",
+                space=space,
+                spec=spec,
+                address=address,
+                run_dir=run_dir,
+                workers=workers,
+                overrides=overrides,
+                tracking_uri=tracking_uri,
+                flags=tuple(flag for flag, given in flags.items() if given),
+            )
+        )
+    run_dir = run_dir or Path("runs") / spec.name
+    folder = space.resolve().parent
     if dry_run:
-        _tell_plan(spec, run_dir, as_json)
+        if resume:
+            check_resumed(run_dir, spec, folder)
+        _tell_plan(spec, run_dir, folder, as_json)
         return
-    _check_run_dir(run_dir, spec, resume)
-    run = _launch(spec, space, run_dir, STAGES)
+    refill(run_dir, spec, resume=resume, again=command_again(run_dir))
+    if resume:
+        check_resumed(run_dir, spec, folder)
+        wait_for_lock(run_dir)
+    else:
+        check_new(run_dir, spec, folder, again=command_again(run_dir))
+    stages = tuple(stage for stage in STAGES if stage != "preflight" or not skip_preflight)
+    run = make_launch(spec, space, run_dir, stages)
     session = Session(run, tracking_uri, started_at)
-    session.run(make_fleet(run, fleet, workers, address), again=_command_again(run_dir))
+    session.run(make_fleet(run, fleet, workers, address), again=command_again(run_dir))
     outcome = session.verdict()
     if as_json:
         print_json(outcome)
     else:
         click.echo(verdict_text(session.state, outcome, session.report, tracking_uri))
+    if session.state.beats_baseline is False:
+        click.get_current_context().exit(NoUsableTrial.exit_code)
 
 
 @click.command("lr-find")
 @click.argument("space", type=SPACE)
 @click.option("--run-dir", type=click.Path(path_type=Path), default=None, help="Default: a new runs/<name>-lr-find.")
 @click.option("--workers", type=click.IntRange(min=1), default=None)
-@click.option("--address", default=None)
+@click.option("--address", default=None, help="A Ray cluster, as of launch.")
 @click.option("--fleet", type=click.Choice(["tune", "local"]), default="tune", show_default=True)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, dotted; repeatable.")
 @click.option("--tracking-uri", default=None, help="Instead of MLFLOW_TRACKING_URI.")
@@ -104,9 +133,24 @@ def lr_find(
     started_at = time.monotonic()
     spec = read_spec(space, overrides)
     _check_address(address, fleet)
+    if address is not None and is_remote(address):
+        run_there(
+            Order(
+                verb="lr-find",
+                space=space,
+                spec=spec,
+                address=address,
+                run_dir=run_dir,
+                workers=workers,
+                overrides=overrides,
+                tracking_uri=tracking_uri,
+                flags=("--json",) if as_json else (),
+            )
+        )
     run_dir = run_dir or _fresh(Path("runs") / f"{spec.name}-lr-find")
-    _check_run_dir(run_dir, spec, resume=False)
-    run = _launch(spec, space, run_dir, ("lr_range",))
+    check_new(run_dir, spec, space.resolve().parent)
+    spec = spec.model_copy(update={"storage": None})  # some minutes' ramps, which must not be taken for the study
+    run = make_launch(spec, space, run_dir, ("lr_range",))
     session = Session(run, tracking_uri, started_at)
     session.run(make_fleet(run, fleet, workers, address), again="")
     plot = run_dir / "plots" / "lr_range.png"
@@ -217,10 +261,10 @@ def make_fleet(run: Launch, fleet: str, workers: int | None, address: str | None
         return LocalFleet(run, workers=workers or 1)
     from hpsearch.fleets.tune import TuneFleet
 
-    return TuneFleet(run, workers=workers, address=address)
+    return TuneFleet(run, workers=workers, address=address, say=say)
 
 
-def _launch(spec: Spec, space: Path, run_dir: Path, stages: tuple[str, ...]) -> Launch:
+def make_launch(spec: Spec, space: Path, run_dir: Path, stages: tuple[str, ...]) -> Launch:
     folder = space.resolve().parent
     return Launch(
         run_dir=run_dir.resolve(),
@@ -229,7 +273,8 @@ def _launch(spec: Spec, space: Path, run_dir: Path, stages: tuple[str, ...]) -> 
         make_sampler=make_sampler,
         make_executor=make_executor,
         spec_text=space.read_text(encoding="utf-8"),
-        environment=environment(folder),
+        environment=environment(folder) | ({} if "preflight" in stages else {"preflight": "skipped"}),
+        code=task_code(spec.task, folder),
         stages=stages,
     )
 
@@ -239,55 +284,12 @@ def _check_address(address: str | None, fleet: str) -> None:
         raise UsageError(
             "--address names a Ray cluster, which --fleet local does not use", hint="leave one of them out"
         )
-    if address is not None and address.startswith(("http://", "https://")):
-        raise NotBuiltYet(
-            "submitting a study as a Ray job (--address http://…) is not built yet",
-            hint="run hpsearch on the head node with --address auto",
-        )
-
-
-def _check_run_dir(run_dir: Path, spec: Spec, resume: bool) -> None:
-    """Tell at once what the study would find out only after Ray has started."""
-    if not (run_dir / FILE_NAME).exists():
-        return
-    opened = StudyState.of(read_journal(run_dir)).opened
-    if opened is None:
-        return
-    if opened.study != spec.name:
+    if address is not None and address.startswith("ray://"):
+        host = address.removeprefix("ray://").rpartition(":")[0] or "HEAD"
         raise UsageError(
-            f"{run_dir} belongs to another study, {opened.study!r} (this one is {spec.name!r})",
-            hint="choose another --run-dir",
+            f"--address {address}: a study is not driven through Ray's client, since its journal lies with its driver",
+            hint=f"submit it: --address http://{host}:8265; or launch on the head with --address auto",
         )
-    if not resume:
-        raise UsageError(
-            f"{run_dir} holds this study already", hint="add --resume to go on with it, or choose another --run-dir"
-        )
-    check_resume(Spec.from_dump(dict(opened.spec)), spec, run_dir)
-    _wait_for_lock(run_dir)
-
-
-def _wait_for_lock(run_dir: Path) -> None:
-    """Give a killed driver's study, which can outlive it by seconds, the time to go."""
-    deadline = time.monotonic() + LOCK_WAIT_S
-    if is_locked(run_dir):
-        say(f"{run_dir} is in use; waiting for it, {LOCK_WAIT_S:.0f} s at most")
-    while is_locked(run_dir):
-        if time.monotonic() > deadline:
-            raise UsageError(
-                f"the run directory {run_dir} is in use by another launch",
-                hint="wait for it to end, or choose another --run-dir",
-            )
-        time.sleep(0.2)
-
-
-def _command_again(run_dir: Path) -> str:
-    """This command line with --resume; the run directory is named, whatever the working directory's default is."""
-    from hpsearch.tracker.outbox import redact
-
-    arguments = [redact(a) if "://" in a else a for a in sys.argv[1:] if a != "--resume"]
-    if not any(a.startswith("--run-dir") for a in arguments):
-        arguments += ["--run-dir", str(run_dir)]
-    return shlex.join([tool("hpsearch"), *arguments, "--resume"])
 
 
 def _fresh(path: Path) -> Path:
@@ -296,12 +298,14 @@ def _fresh(path: Path) -> Path:
     return next(candidate for candidate in candidates if not candidate.exists())
 
 
-def _tell_plan(spec: Spec, run_dir: Path, as_json: bool) -> None:
+def _tell_plan(spec: Spec, run_dir: Path, folder: Path, as_json: bool) -> None:
     stopping = spec.early_stopping
     halving = stopping.enabled and stopping.type in ("asha", "sha")
     rungs = rung_epochs(stopping.min_epochs, stopping.max_epochs, stopping.reduction_factor) if halving else ()
     branches = [*spec.space.branches(spec.per)] if spec.measures_lr else []
     rungs = (*rungs, stopping.max_epochs)
+    with contextlib.redirect_stdout(sys.stderr):  # the task's code may print
+        disk = forecast(spec, folder, run_dir)
     plan = {
         "study": spec.name,
         "run_dir": str(run_dir),
@@ -313,6 +317,7 @@ def _tell_plan(spec: Spec, run_dir: Path, as_json: bool) -> None:
         "epochs_expected": _expected_epochs(spec, rungs[:-1]),
         "ramps": len(branches) * spec.lr_range.seeds,
         "branches": branches,
+        "disk": disk.as_json(),
     }
     if as_json:
         print_json(plan)
@@ -327,6 +332,8 @@ def _tell_plan(spec: Spec, run_dir: Path, as_json: bool) -> None:
     click.echo(
         f"epochs: about {plan['epochs_expected']:,} of {plan['epochs_without_stopping']:,} without early stopping"
     )
+    for line in disk.lines():
+        click.echo(line)
     click.echo(f"run directory: {run_dir}. Nothing was started.")
 
 

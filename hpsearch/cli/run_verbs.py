@@ -12,13 +12,15 @@ from hpsearch.errors import NotBuiltYet, UsageError
 from hpsearch.events import Returned
 from hpsearch.journal import is_locked, read_journal
 from hpsearch.notes import add_note
+from hpsearch.space_diagnosis import findings, reference
 from hpsearch.spec import Spec
 from hpsearch.state import StudyState
 from hpsearch.trial import TrialState
-from hpsearch.verdict import epochs, lr_ranges, trial_counts, val_metrics
+from hpsearch.verdict import diagnosis, epochs, lr_ranges, space_remarks, trial_counts, val_metrics
 from hpsearch.verdict import top as ranking
 
 RUN = click.Path(path_type=Path)
+there_option = click.option("--address", default=None, help="Of a study that was submitted there: http://head:8265.")
 
 
 def state_of(run: Path) -> StudyState:
@@ -39,9 +41,15 @@ def state_of(run: Path) -> StudyState:
 
 @click.command("status")
 @click.argument("run", type=RUN)
+@there_option
 @json_option
-def status(run: Path, as_json: bool) -> None:
-    """Where the study of RUN, a run directory, stands."""
+def status(run: Path, address: str | None, as_json: bool) -> None:
+    """Where the study of RUN, a run directory, stands; with --address RUN may be the study's name."""
+    if address is not None:
+        from hpsearch.cli.remote import status_there
+
+        status_there(str(run), address, as_json=as_json)
+        return
     state = state_of(run)
     going = is_locked(run)
     best = state.best()
@@ -57,6 +65,7 @@ def status(run: Path, as_json: bool) -> None:
         "epochs": epochs(state),
         "lr_range": lr_ranges(state),
         "best": None if best is None else {"trial": best.number, "epoch": best.best_epoch, "val": val_metrics(best)},
+        "diagnosis": diagnosis(state),
         "message": state.ended.message if state.ended else "",
     }
     if as_json:
@@ -67,6 +76,8 @@ def status(run: Path, as_json: bool) -> None:
     if best is not None:
         figures = ", ".join(f"val_{name} {number(value)}" for name, value in val_metrics(best).items())
         click.echo(f"best so far: trial {best.number} at epoch {best.best_epoch}: {figures}")
+    for line in remark_lines(state):
+        click.echo(line)
     if state.ended and state.ended.message:
         click.echo(state.ended.message)
     if not going and not state.done:
@@ -77,11 +88,16 @@ def status(run: Path, as_json: bool) -> None:
 @click.argument("run", type=RUN)
 @click.option("-k", default=5, show_default=True, type=click.IntRange(min=1), help="How many trials.")
 @click.option("--smallest-within", hidden=True, default=None)
+@there_option
 @json_option
-def top(run: Path, k: int, smallest_within: str | None, as_json: bool) -> None:
+def top(run: Path, k: int, smallest_within: str | None, address: str | None, as_json: bool) -> None:
     """The ranking of RUN's trials, by the best epoch of each."""
     if smallest_within is not None:
         raise NotBuiltYet("`top --smallest-within` is not built yet")
+    if address is not None:
+        from hpsearch.cli.remote import ask_there
+
+        ask_there("top", str(run), address, f"-k{k}", *(["--json"] if as_json else []))
     state = state_of(run)
     rows = ranking(state, k)
     if as_json:
@@ -89,6 +105,8 @@ def top(run: Path, k: int, smallest_within: str | None, as_json: bool) -> None:
         return
     click.echo(top_table(state, k))
     click.echo(counts_line(state))
+    for line in remark_lines(state):
+        click.echo(line)
 
 
 def top_table(state: StudyState, k: int) -> str:
@@ -99,13 +117,25 @@ def top_table(state: StudyState, k: int) -> str:
     trials = state.ranking()[:k]
     names = [p.name for p in spec.space.searched]
     shown = [name for name in dict.fromkeys(names) if any(name in trial.config for trial in trials)]
+    known = reference(state, state.baseline_loss)
     rows = []
     for rank, trial in enumerate(trials, start=1):
         value = trial.best_metrics.get(metric)
         epoch = trial.best_epoch if trial.best_epoch is not None else trial.epoch
         cells = [number(trial.config.get(name, "")) if name in trial.config else "" for name in shown]
-        rows.append([str(rank), str(trial.number), str(trial.state), number(value), str(epoch), *cells])
-    return table(["rank", "trial", "state", metric, "epoch", *shown], rows)
+        said = ", ".join(found.finding for found in findings(trial, known) if not trial.diverged)
+        rows.append([str(rank), str(trial.number), str(trial.state), number(value), str(epoch), *cells, said])
+    return table(["rank", "trial", "state", metric, "epoch", *shown, "diagnosis"], rows)
+
+
+def remark_lines(state: StudyState) -> list[str]:
+    """What all trials together say about their space, with what to do about it."""
+    lines = []
+    for remark in space_remarks(state):
+        lines.append(f"note: {remark.words}")
+        if remark.hint:
+            lines.append(f"  hint: {remark.hint}")
+    return lines
 
 
 def counts_line(state: StudyState) -> str:
@@ -134,9 +164,14 @@ def note(run: Path, text: str, as_json: bool) -> None:
 @click.command("sync")
 @click.argument("run", type=RUN)
 @click.option("--tracking-uri", default=None, help="Instead of MLFLOW_TRACKING_URI.")
+@there_option
 @json_option
-def sync(run: Path, tracking_uri: str | None, as_json: bool) -> None:
+def sync(run: Path, tracking_uri: str | None, address: str | None, as_json: bool) -> None:
     """Send to MLflow what it has not got of RUN yet."""
+    if address is not None:
+        from hpsearch.cli.remote import ask_there
+
+        ask_there("sync", str(run), address, *(["--json"] if as_json else []), tracking_uri=tracking_uri)
     state = state_of(run)
     from hpsearch.cli.tracking import make_tracker
 

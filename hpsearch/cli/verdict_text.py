@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from hpsearch.cli.output import interval, number, table, tool
-from hpsearch.cli.run_verbs import counts_line
+from hpsearch.cli.run_verbs import counts_line, remark_lines
 from hpsearch.state import StudyState
 from hpsearch.tracker.outbox import redact
+from hpsearch.verdict import baselines
 
 if TYPE_CHECKING:
     from hpsearch.tracker import SyncReport
@@ -33,7 +34,10 @@ def verdict_text(
         lines.append(f"the ensemble is trial {members[0]['trial']} alone: no other checkpoint improved it")
     if not isinstance(members, list) or _differs(members, best):
         lines.append(_gain_line(_mapping(ensemble.get("gain"))))
-    lines += _notes(state)
+    lines += _confirmed_lines(state)
+    lines += _baseline_lines(state)
+    lines += [f"trial {best['trial']}: {said}" for said in _listed(_mapping(outcome["diagnosis"]).get("best"))]
+    lines += _notes(state) + remark_lines(state)
     if report is not None and report.test_uses is not None and report.test_uses > 1:
         lines.append(
             f"note: {report.test_uses} studies of this experiment have opened this test split, this one included"
@@ -99,16 +103,58 @@ def _gain_line(gain: Mapping[str, object]) -> str:
     return f"ensemble − best trial, test {gain['metric']}: {interval(gain['value'], gain)}: {verdict}"
 
 
+def _confirmed_lines(state: StudyState) -> list[str]:
+    """What fresh seeds on fresh rows say of the best few, and how far the search flattered them."""
+    if state.confirmed is None:
+        return []
+    rows = [
+        [
+            f"trial {row['trial']}",
+            number(row["searched"]),
+            interval(row["confirmed"], {"low": row["low"], "high": row["high"]}),
+            number(row["optimism"]),
+            str(row["seeds"]),
+            f"{float(str(row['chance'])):.0%}",
+        ]
+        for row in state.confirmed.standings
+    ]
+    header = ["confirmed", "searched", "fresh seeds, fresh rows", "optimism", "seeds", "chance to be the best"]
+    lines = ["", *table(header, rows).splitlines()] if rows else []
+    if state.confirmed.out:
+        told = ", ".join(map(str, state.confirmed.out))
+        lines.append(f"note: out of the race, since a fresh run went wrong: trial {told}")
+    return lines
+
+
+def _baseline_lines(state: StudyState) -> list[str]:
+    """What the study is held against, on the split that tells."""
+    lines = []
+    for name, found in baselines(state).items():
+        if name == "gain" or not isinstance(found, Mapping):
+            continue
+        if "skipped" in found:
+            lines.append(f"baseline {name}: skipped: {found['skipped']}")
+            continue
+        split = next(key for key in ("test", "val", "given") if key in found)
+        figures = ", ".join(
+            f"{metric if split == 'given' else f'{split} {metric}'} {number(value)}"
+            for metric, value in _mapping(found[split]).items()
+        )
+        what = {"constant": "ignoring the inputs", "linear": "a linear model"}.get(name, name)
+        lines.append(f"baseline, {what}: {figures}")
+    over = _mapping(baselines(state).get("gain"))
+    if over.get("better") is False:
+        lines.append(
+            f"warning: nothing here is better than ignoring the inputs: {over['split']} {over['metric']} differs by "
+            f"{interval(over['value'], over)} on {over['n_rows']} rows. No version becomes champion."
+        )
+        lines.append("  hint: do the inputs say anything of the targets? Are rows and labels in the same order?")
+    return lines
+
+
 def _notes(state: StudyState) -> list[str]:
     """What a reader should know before trusting the best trial's config."""
-    diverged = [t for t in state.trials.values() if t.diverged and isinstance(t.config.get("lr"), float)]
-    notes = []
-    if diverged:
-        lowest = min(float(str(t.config["lr"])) for t in diverged)
-        notes.append(f"note: {len(diverged)} of {len(state.trials)} trials diverged, all with lr >= {number(lowest)}")
-    if state.budget_spent:
-        notes.append(f"note: the search was ended by {state.budget_spent}")
-    return notes
+    return [f"note: the search was ended by {state.budget_spent}"] if state.budget_spent else []
 
 
 def _mlflow_lines(mlflow: Mapping[str, object], run_dir: str, tracking_uri: str | None) -> list[str]:
@@ -131,6 +177,10 @@ def _mlflow_lines(mlflow: Mapping[str, object], run_dir: str, tracking_uri: str 
         lines.append(f"  model {name}, version {version}" + (f", alias {alias}" if alias else ""))
         lines.append(f"  get it:   {tool('hpsearch')} pull {shlex.quote(str(name))} {select} --out {name}-model{where}")
     return lines
+
+
+def _listed(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
 
 
 def _mapping(value: object) -> Mapping[str, object]:

@@ -6,12 +6,17 @@ has Ray Tune host them. Both run the same study over the same journal, and pass 
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from hpsearch.archive import INLINE_BYTES, Archive
 from hpsearch.assembly import STAGES, MakeSampler, open_study
+from hpsearch.carrier import Carrier
+from hpsearch.fleets.shipping import Shipment
+from hpsearch.journal import uid_of
 from hpsearch.spec import Spec
 from hpsearch.state import Entry
 from hpsearch.study import Study
@@ -32,25 +37,48 @@ class Launch:
     make_executor: MakeExecutor
     spec_text: str = ""
     environment: Mapping[str, object] = field(default_factory=dict)
+    code: Mapping[str, str] = field(default_factory=dict)  # sha256 of the task's files by name
     stages: tuple[str, ...] = STAGES
     lock_wait_s: float = 30.0
+    shipment: Shipment | None = None  # how the folder reaches other machines; None: there is only this one
+    uid: str = ""  # of the study: the run directory's, or a new one
+    inline_bytes: int = INLINE_BYTES  # of a result, that travel with it; more goes by way of storage
+    checked_nodes: frozenset[str] = frozenset()  # Ray's nodes from which storage was read and written
 
-    def open_study(self, *, background: bool) -> Study:
-        """The study of this launch."""
+    def __post_init__(self) -> None:
+        # Workers have to know where in storage the study lies, before the study is open and without its run directory.
+        if not self.uid:
+            object.__setattr__(self, "uid", uid_of(self.run_dir) or uuid.uuid4().hex)
+
+    def open_study(self, *, background: bool, inherit_leases: bool = False) -> Study:
+        """The study of this launch.
+
+        Args:
+            background: a thread keeps what workers push, so that they need not wait.
+            inherit_leases: the study's process was restarted under a driver and workers that live.
+        """
         return open_study(
             self.run_dir,
             self.spec,
             make_sampler=self.make_sampler,
             spec_text=self.spec_text,
             environment=self.environment,
+            code=self.code,
             stages=self.stages,
             background=background,
             wait_s=self.lock_wait_s,
+            inherit_leases=inherit_leases,
+            uid=self.uid,
         )
+
+    def carried(self, make_executor: Callable[[], Executor]) -> Callable[[], Executor]:
+        """What makes such an executor, its large results going by way of storage."""
+        archive = Archive(self.spec.storage, self.spec.name, self.uid) if self.spec.storage else None
+        return lambda: Carrier(make_executor(), archive, inline_bytes=self.inline_bytes)
 
     def executor(self) -> Executor:
         """What a worker of this launch runs jobs with."""
-        return self.make_executor(self.spec, self.folder)
+        return self.make_executor(self.spec, self.folder if self.shipment is None else self.shipment.here())
 
 
 class Fleet(Protocol):

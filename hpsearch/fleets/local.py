@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from hpsearch.errors import HpsearchError
 from hpsearch.fleets import Launch, Watch
+from hpsearch.fleets.storage_check import check_driver
 from hpsearch.journal import JournalTail
 from hpsearch.worker import Worker
 
@@ -15,16 +17,22 @@ class LocalFleet:
         self._n_workers = workers
 
     def run(self, watch: Watch) -> None:
+        if self._launch.spec.storage is not None:
+            check_driver(self._launch.spec.storage)
         study = self._launch.open_study(background=False)
         tail = JournalTail(self._launch.run_dir)
         try:
-            executor = self._launch.executor  # data are loaded once per worker, as on any fleet
-            workers = [Worker(f"worker-{index}", study, executor) for index in range(self._n_workers)]
-            at_work = [worker for worker in workers if worker.begin()]
+            executor = self._launch.carried(self._launch.executor)  # data are loaded once per worker, as on any fleet
+            names = [f"worker-{index}" for index in range(self._n_workers)]
+            workers = {name: Worker(name, study, executor) for name in names}
+            at_work = {name: worker for name, worker in workers.items() if worker.begin()}
             while not study.ended:
                 before = study.n_events
-                for worker in at_work:
-                    worker.step()
+                for name, worker in at_work.items():
+                    try:
+                        worker.step()
+                    except HpsearchError as error:  # as in a worker's own loop: the study ends with this word
+                        study.broken(name, error)
                     watch(list(tail.new_entries()))
                 assert before != study.n_events or study.ended, "the study waits for a result that no worker owes it"
         except KeyboardInterrupt:

@@ -6,20 +6,22 @@ they and the best single trial are measured on the test split, and each member i
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from hpsearch.events import Compared, Event, Finished, Opened, Selected
-from hpsearch.intervals import Interval, better, mean_interval, paired_interval, wilson_interval
-from hpsearch.job import EvaluateJob, ExportJob, Job, Member, SplitName, evaluation_key
+from hpsearch.events import Compared, Damaged, Dropped, Event, Finished, Opened, Selected
+from hpsearch.intervals import Interval, better, mean_interval, paired_interval, sign_flip_chance, wilson_interval
+from hpsearch.job import EvaluateJob, ExportJob, Job, Member, RebuildJob, SplitName, evaluation_key, rebuild_key
 from hpsearch.selection import select_greedy
 from hpsearch.state import StudyState
 from hpsearch.trial import TrialRecord
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+BASELINE_LEVEL = 0.98  # of the interval: a study of random labels is called better than the baseline in 1 of 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,20 +56,28 @@ class EnsembleStage:
 
     def apply(self, event: Event) -> None:
         """Only the pool is remembered: ranking ten thousand trials for every question would cost seconds."""
-        if isinstance(event, Opened) or (isinstance(event, Finished) and event.trial is not None):
+        trained = isinstance(event, Finished) and (event.trial is not None or event.key.startswith("rebuild/"))
+        if trained or isinstance(event, Opened | Dropped | Damaged):
             self._pool = None
 
     def lost(self, worker: str) -> None:
         """No evaluation lives in a worker's memory."""
 
     def next_job(self, worker: str) -> Job | None:
-        return next((job for job in self._jobs() if self._free(job.key)), None)
+        jobs = [job for job in self._jobs() if self._free(job.key)]
+        missing = {member.trial: None for job in jobs for member in job.members if self._is_missing(member.trial)}
+        rebuilds = (self._rebuild(self._state.trials[trial]) for trial in missing)
+        rebuild = next((job for job in rebuilds if self._free(job.key)), None)
+        if rebuild is not None:
+            return rebuild
+        ready = (job for job in jobs if not any(member.trial in missing for member in job.members))
+        return next(ready, None)
 
     def conclude(self) -> list[Event]:
         if self._selected() is None:
             selected = self._select()
             return [] if selected is None else [selected]
-        if self._has_test() and not self._compared() and self._is_over(self._test_jobs()):
+        if not self._compared() and self._is_over(self._test_jobs()):
             return [self._compare()]
         return []
 
@@ -76,19 +86,22 @@ class EnsembleStage:
             return True
         if self._selected() is None:
             return self._settings.combine and self._is_over(self._pool_jobs()) and not self._candidates()
-        return self._is_over(self._jobs()) and (self._compared() or not self._has_test())
+        return self._is_over(self._jobs()) and self._compared()
 
     def pool(self) -> list[TrialRecord]:
         """Candidates, best first: usable trials with the best metric."""
         if self._pool is None:
-            usable = (trial for trial in self._state.trials.values() if trial.usable)
-            size = self._settings.pool if self._settings.combine else 1
-            self._pool = heapq.nsmallest(size, usable, key=lambda trial: trial.sort_key)
+            self._pool = self._state.candidates(self._settings.pool if self._settings.combine else 1)
         return self._pool
+
+    @property
+    def n_kept(self) -> tuple[int, int]:
+        """How many of the best trials are candidates, and how many may be members."""
+        return (self._settings.pool, self._settings.size) if self._settings.combine else (1, 1)
 
     # Jobs
 
-    def _jobs(self) -> list[Job]:
+    def _jobs(self) -> list[EvaluateJob | ExportJob]:
         if self._selected() is None:
             return list(self._pool_jobs())
         return [*self._export_jobs(), *self._test_jobs(), *self._val_jobs()]
@@ -120,10 +133,26 @@ class EnsembleStage:
             keep_predictions=keep,
         )
 
+    def _rebuild(self, trial: TrialRecord) -> RebuildJob:
+        """The best epoch of a trial once more, whose checkpoint was dropped or is damaged."""
+        assert trial.best_epoch is not None
+        assert trial.best_ref is not None
+        return RebuildJob(
+            key=rebuild_key(trial.number, trial.best_epoch),
+            trial=trial.number,
+            config=trial.config,
+            seed=trial.seed,
+            epoch=trial.best_epoch,
+            checkpoint=trial.best_ref,
+        )
+
+    def _is_missing(self, trial: int) -> bool:
+        return self._state.trials[trial].best_checkpoint is None
+
     def _free(self, key: str) -> bool:
         return key not in self._state.results and key not in self._state.leases
 
-    def _is_over(self, jobs: list[EvaluateJob] | list[Job]) -> bool:
+    def _is_over(self, jobs: Sequence[EvaluateJob | ExportJob]) -> bool:
         return all(job.key in self._state.results for job in jobs)
 
     # What is known
@@ -133,11 +162,15 @@ class EnsembleStage:
 
     def _selected(self) -> Selected | None:
         selected = self._state.selected
-        return selected if selected is not None and selected.n_trials == self._settings.n_trials else None
+        # One of more trials stands: those that were drawn stay when `trials` is lowered.
+        if selected is None or selected.n_trials < self._settings.n_trials:
+            return None
+        needed = (selected.best, *(trial for trial, _ in selected.members))
+        return selected if all(self._state.trials[trial].usable for trial in needed) else None
 
     def _compared(self) -> bool:
         compared = self._state.compared
-        return compared is not None and compared.n_trials == self._settings.n_trials
+        return compared is not None and compared.n_trials >= self._settings.n_trials
 
     def _best(self) -> list[tuple[TrialRecord, float]]:
         selected = self._selected()
@@ -161,7 +194,7 @@ class EnsembleStage:
         pool = self.pool()
         if not pool:
             return None
-        best = pool[0].number
+        best = pool[0].number if self._state.winner is None else self._state.winner
         if not self._settings.combine:
             return Selected(n_trials=self._settings.n_trials, best=best, pool=(best,), members=((best, 1.0),))
         if not self._is_over(self._pool_jobs()):
@@ -185,6 +218,8 @@ class EnsembleStage:
         )
 
     def _compare(self) -> Compared:
+        if not self._has_test():
+            return Compared(n_trials=self._settings.n_trials, gain={}, over_baseline=self._over_baseline_untested())
         best, ensemble = (self._state.results[job.key] for job in self._test_jobs())
         if best.outcome != "done" or ensemble.outcome != "done":
             return Compared(n_trials=self._settings.n_trials, gain={})
@@ -198,12 +233,51 @@ class EnsembleStage:
             n_trials=self._settings.n_trials,
             gain={"metric": metric, **_numbers(gain), "better": better(gain, goal)},
             intervals={"best": _row_intervals(of_best, seed), "ensemble": _row_intervals(of_ensemble, seed)},
+            over_baseline=self._over_baseline(of_ensemble, "test"),
         )
+
+    def _over_baseline_untested(self) -> dict[str, object]:
+        """Without a test split the best single trial is held against the baseline, on the rows that chose the ensemble:
+        the trial itself was not chosen by them, unless nothing was set aside."""
+        (trial, _), *_ = self._best()
+        result = self._state.results.get(evaluation_key("ensemble", [(trial.number, 1.0)]))
+        if result is None or result.outcome != "done":
+            return {}
+        return self._over_baseline(self._arrays(str(result.values["row_scores"])), "ensemble")
+
+    def _over_baseline(self, rows: Mapping[str, np.ndarray], split: SplitName) -> dict[str, object]:
+        result = self._state.results.get("baseline/constant")
+        refs = result.values.get("row_scores") if result is not None and result.outcome == "done" else None
+        if not isinstance(refs, Mapping) or split not in refs:
+            return {}
+        constant = self._arrays(str(refs[split]))
+        metric = (
+            self._settings.metric if self._settings.metric in rows and self._settings.metric in constant else "loss"
+        )
+        goal = self._settings.goal if metric == self._settings.metric else "minimize"
+        gain = paired_interval(rows[metric], constant[metric], seed=self._settings.study_seed, level=BASELINE_LEVEL)
+        return {
+            "metric": metric,
+            **_numbers(gain),
+            "better": beyond_noise(rows[metric], constant[metric], gain, goal, self._settings.study_seed),
+            "split": split,
+            "n_rows": len(rows[metric]),
+        }
+
+
+def beyond_noise(
+    rows_N: np.ndarray, baseline_N: np.ndarray, gain: Interval, goal: Literal["minimize", "maximize"], seed: int
+) -> bool:
+    """Whether rows are better than a baseline's by more than chance would have it in 1 % of all studies."""
+    if gain.low is not None:
+        return better(gain, goal) is True
+    a, b = (rows_N, baseline_N) if goal == "minimize" else (baseline_N, rows_N)
+    return sign_flip_chance(a, b, seed=seed) <= (1 - BASELINE_LEVEL) / 2
 
 
 def _member(trial: TrialRecord, weight: float) -> Member:
-    assert trial.best_checkpoint is not None
-    return Member(trial=trial.number, config=trial.config, checkpoint=trial.best_checkpoint, weight=weight)
+    assert trial.best_ref is not None
+    return Member(trial=trial.number, config=trial.config, checkpoint=trial.best_ref, weight=weight)
 
 
 def _numbers(interval: Interval) -> dict[str, float | None]:

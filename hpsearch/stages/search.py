@@ -4,17 +4,21 @@ What may run next, in this order: the trial that a worker cannot put down (its o
 job was lost; a paused trial that ranks high enough; a new trial. When none of these is left and nothing below the
 last epoch is running, the end-game takes the best paused trials to the end until an ensemble's worth of trials is
 complete.
+
+A study whose early stopping was changed between two launches has *eras*: what was decided under other rungs is not
+decided again. When the present era begins, each trial is put where its curve has brought it on the present rungs; from
+there on events are followed one by one, so that a study resumed within an era is the study that was interrupted.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-from hpsearch.events import Event, Finished, Leased, Returned, Stopped, TrialDrawn
+from hpsearch.events import Event, Finished, Leased, Opened, Returned, Stopped, TrialDrawn
 from hpsearch.job import Config, Job, TrainJob, train_key, train_parts
-from hpsearch.rungs import StoppingRule
+from hpsearch.rungs import Standing, StoppingRule
 from hpsearch.sampler import Sampler, trial_seed
 from hpsearch.state import StudyState
 from hpsearch.trial import TrialRecord, TrialState
@@ -32,6 +36,7 @@ class SearchSettings:
     n_complete: int  # trials that the end-game takes to the last epoch: the ensemble's size
     per: tuple[str, ...]  # parameters that make a branch
     measured: tuple[str, ...]  # parameters bounded by the measured range
+    stopping: Mapping[str, object] = field(default_factory=dict)  # `early_stopping` as Opened events have it
 
 
 class Search:
@@ -39,12 +44,22 @@ class Search:
 
     name = "search"
 
-    def __init__(self, settings: SearchSettings, state: StudyState, *, sampler: Sampler, rule: StoppingRule) -> None:
+    def __init__(
+        self, settings: SearchSettings, state: StudyState, *, sampler: Sampler, make_rule: Callable[[], StoppingRule]
+    ) -> None:
+        """
+        Args:
+            make_rule: gives a rule that knows of no trial.
+        """
         self._settings = settings
         self._state = state
         self._sampler = sampler
-        self._rule = rule
+        self._make_rule = make_rule
+        self._rule = make_rule()
+        self._of_this_era = True  # what is being told happened under the present early stopping
         self._again: list[int] = []  # heap: drawn trials without a lease that have to train to their target
+        self._target: dict[int, int] = {}  # trial -> epoch that it has to be trained to
+        self._rung_of: dict[int, int] = {}  # trial -> the last rung at which it was compared
         self._held: dict[str, list[int]] = {}  # worker -> trials that live in its memory only, and may go on
         self._orphans: list[int] = []  # such trials whose worker is gone; they are trained from their first epoch again
         self._waiting: list[int] = []  # numbers passed over, for want of a learning-rate range
@@ -62,17 +77,30 @@ class Search:
 
     def apply(self, event: Event) -> None:
         match event:
+            case Opened():
+                self._open(event)
             case TrialDrawn():
                 self._count_drawn(event.trial)
                 self._sampler.restore(event.trial, event.config)
-                heapq.heappush(self._again, event.trial)
+            case Finished(trial=int()):
+                self._tell_sampler(event)
+            case _:
+                pass
+        if self._of_this_era:
+            self._follow(event)
+
+    def _follow(self, event: Event) -> None:
+        """Keep the books of the present era."""
+        match event:
+            case TrialDrawn(trial=trial):
+                self._train_again(trial, self._rule.first_target)
             case Leased(trial=int()):
                 self._count_lease(event)
-            case Returned():
-                lost = _trial_of(event.key)
-                if lost is not None:
-                    self._forget_lease(event.key)
-                    heapq.heappush(self._again, lost)
+            case Returned(key=key) if key in self._below_end or key in self._to_end:  # else of another era
+                self._forget_lease(key)
+                lost = train_parts(key)
+                assert lost is not None
+                heapq.heappush(self._again, lost[0])
             case Stopped(trial=trial):  # replayed: an earlier driver has told it
                 self._to_stop = [other for other in self._to_stop if other != trial]
             case Finished(trial=int()):
@@ -113,7 +141,7 @@ class Search:
             if self._over(record):
                 heapq.heappop(self._again)
                 continue
-            return self._job(record, max(record.target, self._rule.first_target))
+            return self._job(record, self._target[record.number])
         promotion = self._rule.promotable()
         if promotion is not None:
             return self._job(self._state.trials[promotion.trial], promotion.to_epoch)
@@ -124,6 +152,30 @@ class Search:
         if not isinstance(job, TrainJob) or job.trial in self._state.trials:
             return None
         return TrialDrawn(trial=job.trial, config=job.config, seed=job.seed)
+
+    def may_continue(self, trial: int, epoch: int, objective: float | None) -> bool:
+        """Whether a trial that stands, or is about to stand, at `epoch` may be trained on from its last checkpoint.
+
+        Args:
+            objective: its best one by then.
+        """
+        record = self._state.trials[trial]
+        if record.leased is not None and record.epoch >= epoch:
+            return True
+        if record.diverged or record.failed or record.let_go or epoch >= self._settings.max_epochs:
+            return False
+        if self._target.get(trial, 0) > epoch:
+            return True  # its job was lost, and is to be done again
+        rung = epoch if epoch in self._rule.epochs else self._rung_of.get(trial)
+        if rung is None or objective is None:
+            return True
+        return self._rule.may_yet_go_on(
+            trial,
+            rung,
+            objective,
+            n_trials=len(self._state.trials) + len(self._waiting) + max(0, self._settings.n_trials - self._next_number),
+            end_game=max(0, self._settings.n_complete - self._n_complete),
+        )
 
     # New trials
 
@@ -188,7 +240,11 @@ class Search:
 
     def _over(self, record: TrialRecord) -> bool:
         gone = record.diverged or record.failed or record.let_go or record.leased is not None
-        return gone or (record.epoch > 0 and record.epoch >= record.target)
+        return gone or record.epoch >= self._target[record.number]
+
+    def _train_again(self, trial: int, target: int) -> None:
+        self._target[trial] = target
+        heapq.heappush(self._again, trial)
 
     def _end_game(self) -> TrainJob | None:
         promotion = self._next_paused()
@@ -207,6 +263,47 @@ class Search:
             return None
         best = self._rule.best_paused()
         return None if best is None else best.trial
+
+    # Eras
+
+    def _open(self, event: Opened) -> None:
+        stopping = event.spec.get("early_stopping")
+        theirs = stopping if isinstance(stopping, Mapping) else {}
+        # A key that an older version did not have says nothing.
+        same = all(theirs.get(key, value) == value for key, value in self._settings.stopping.items())
+        if same and not self._of_this_era:
+            self._begin_era()
+        self._of_this_era = same
+
+    def _begin_era(self) -> None:
+        """Put each trial where its curve has brought it on the present rungs, whatever brought it there."""
+        self._rule = self._make_rule()
+        self._again, self._held, self._orphans, self._to_stop = [], {}, [], []
+        self._below_end, self._to_end = set(), set()
+        self._target, self._rung_of = {}, {}
+        self._n_complete = 0
+        standings = []
+        for record in self._state.trials.values():
+            spoilt = record.diverged or record.failed
+            standing = Standing(
+                trial=record.number,
+                best_by_epoch=self._state.best_by_epoch(record),
+                withdrawn=spoilt or record.let_go,
+            )
+            standings.append(standing)
+            if record.epoch >= self._settings.max_epochs:
+                self._n_complete += not spoilt
+                continue
+            rung = self._rung_at(record.epoch)
+            if rung is not None and standing.value_at(rung) is not None:
+                self._rung_of[record.number] = rung
+            elif not standing.withdrawn:
+                self._train_again(record.number, self._next_rung(record.epoch))
+        self._rule.restore(standings)
+
+    def _rung_at(self, epoch: int) -> int | None:
+        """The highest rung up to an epoch, None below the lowest."""
+        return max((rung for rung in self._rule.epochs if rung <= epoch), default=None)
 
     # Book-keeping
 
@@ -227,8 +324,9 @@ class Search:
         }
         if trial in self._orphans:
             self._orphans.remove(trial)
-        if event.from_epoch:
-            self._rule.promote(trial, event.from_epoch)
+        self._target[trial] = event.to_epoch
+        if trial in self._rung_of:
+            self._rule.promote(trial, self._rung_of[trial])
         leases = self._to_end if event.to_epoch >= self._settings.max_epochs else self._below_end
         leases.add(event.key)
 
@@ -236,31 +334,34 @@ class Search:
         self._below_end.discard(key)
         self._to_end.discard(key)
 
+    def _tell_sampler(self, event: Finished) -> None:
+        assert event.trial is not None
+        record = self._state.trials[event.trial]
+        if record.state in (TrialState.DIVERGED, TrialState.FAILED):
+            self._sampler.observe(record.number, record.config, None, record.epoch)
+        elif event.outcome == "done":
+            self._sampler.observe(record.number, record.config, record.best_objective, record.epoch)
+
     def _count_result(self, event: Finished) -> None:
         assert event.trial is not None
         record = self._state.trials[event.trial]
         if record.state in (TrialState.DIVERGED, TrialState.FAILED):
             self._rule.withdraw(record.number)
-            self._sampler.observe(record.number, record.config, None, record.epoch)
             return
         if event.outcome != "done":
             heapq.heappush(self._again, record.number)
             return
         assert record.best_objective is not None
-        self._sampler.observe(record.number, record.config, record.best_objective, record.epoch)
-        self._rule.record(record.number, record.epoch, record.best_objective)
         if record.epoch >= self._settings.max_epochs:
+            self._rule.record(record.number, self._settings.max_epochs, record.best_objective)
             self._n_complete += 1
-        elif not event.values.get("resumable", True):
+            return
+        self._rule.record(record.number, record.epoch, record.best_objective)
+        self._rung_of[record.number] = record.epoch
+        if not event.values.get("resumable", True):
             # It cannot wait at a rung for its rank to be known, so it is judged at once, and never promoted later.
             if self._rule.keeps_going(record.number, record.epoch):
                 self._held.setdefault(event.worker, []).append(record.number)
             else:
                 self._to_stop.append(record.number)
             self._rule.promote(record.number, record.epoch)
-
-
-def _trial_of(key: str) -> int | None:
-    """The trial that a training job's key names, None for other jobs."""
-    parts = train_parts(key)
-    return None if parts is None else parts[0]

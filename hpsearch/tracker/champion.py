@@ -15,6 +15,7 @@ class Scored:
     metric: str
     goal: Literal["minimize", "maximize"]
     value: float | None
+    beats_baseline: bool | None = None  # than ignoring the inputs, beyond noise; None: not known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +30,15 @@ def decide_alias(new: Scored, holder: Scored | None, *, alias: str) -> AliasDeci
     """The alias moves to the first version, and later only to one that beats its holder on the same test split.
 
     Equal values do not move it: whoever serves the holder should not have to change for nothing. A value that is not
-    finite never beats another.
+    finite never beats another. One that is no better than ignoring the inputs gets no alias, not even as the first.
 
     >>> old = Scored(version="1", test_fingerprint="f", metric="loss", goal="minimize", value=0.30)
     >>> new = Scored(version="2", test_fingerprint="f", metric="loss", goal="minimize", value=0.25)
     >>> decide_alias(new, old, alias="champion")
     AliasDecision(moves=True, why='test loss 0.25 against 0.3 of version 1')
     """
+    if new.beats_baseline is False:
+        return AliasDecision(moves=False, why=f"it is not better than ignoring the inputs, so it is not {alias}")
     if holder is None:
         return AliasDecision(moves=True, why=f"no version was {alias}")
     if holder.version == new.version:

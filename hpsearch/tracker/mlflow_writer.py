@@ -14,6 +14,7 @@ import fcntl
 import logging
 import math
 import os
+import re
 import shutil
 import socket
 import sqlite3
@@ -50,7 +51,10 @@ if TYPE_CHECKING:
 
 _SETTINGS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would spoil --json
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the default holds one call for about four minutes
+    # MLflow would repeat any call whose answer was lost, create_run too, and leave a run that nobody knows; the default
+    # also holds one call for about four minutes. What has to be repeated is repeated by the tracker, who asks first.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",  # "come back in an hour" is for the tracker to hear, at once
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",  # s
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -63,6 +67,8 @@ _SQLITE_MAGIC = b"SQLite format 3\0"
 
 # Codes of MLflow that another attempt can mend. All others say that the request itself is not wanted.
 _PASSING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "ABORTED", "CANCELLED"}
+
+_CREDENTIALS = "its credentials: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
 
 MODEL_FOLDER = "ensemble"  # of the package, among the artifacts of a registered version
 
@@ -244,14 +250,17 @@ def translated(uri: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        message = one_line(str(error), uri)
+        text = str(error)
+        message = one_line(_cause(text, uri), uri)
         code = error.error_code
         if code == "RESOURCE_DOES_NOT_EXIST":
             raise Missing(message) from None
-        unreachable = code in _PASSING or "failed with exception" in message or "timed out" in message.lower()
+        if code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+            message += f" ({_CREDENTIALS})"
+        unreachable = code in _PASSING or "failed with exception" in text or "timed out" in text.lower()
         raise (OutOfReach if unreachable else Refused)(message) from None
     except (RequestException, OSError) as error:
-        raise OutOfReach(one_line(str(error) or type(error).__name__, uri)) from None
+        raise OutOfReach(one_line(_cause(str(error), uri) or type(error).__name__, uri)) from None
     except (OutOfReach, Refused, HpsearchError):
         raise
     except Exception as error:
@@ -261,10 +270,47 @@ def translated(uri: str) -> Iterator[None]:
         raise (OutOfReach if unreachable else Refused)(message) from None
 
 
+def _cause(message: str, uri: str) -> str:
+    """What lies under urllib3's "Max retries exceeded with url: …", which is said first and is not so: there were none.
+
+    >>> _cause("… Max retries exceeded with url: /api (Caused by ResponseError('too many 503 error responses'))", "http://h")
+    'http://h answers with HTTP status 503'
+    """
+    _, found, cause = message.partition("(Caused by ")
+    if not found:
+        return message
+    status = re.search(r"too many (\d+) error responses", cause)
+    return f"{uri} answers with HTTP status {status[1]}" if status else f"{uri}: {cause.removesuffix(')')}"
+
+
 def one_line(message: str, uri: str) -> str:
     """A message of someone else's, short and without the address's credentials."""
     text = " ".join(scrub(message, uri).split())
     return text if len(text) <= 300 else text[:297] + "…"
+
+
+def _make_whole(uri: str) -> None:
+    """Make a SQLite store that is not there yet beside its place, and move it there when it has its tables.
+
+    MLflow makes them in dozens of steps. A process that is killed in between would leave a file that no later one can
+    open: "table issues already exists".
+    """
+    path = sqlite_path(uri)
+    if path is None or path.exists():
+        return
+    from mlflow import MlflowClient
+
+    beside = path.with_name(f"{path.name}.new")
+    for end in ("", "-wal", "-shm", "-journal"):
+        Path(f"{beside}{end}").unlink(missing_ok=True)  # of a process that was killed
+    scheme, _, rest = uri.partition(":///")
+    _, question, query = rest.partition("?")
+    new_uri = f"{scheme}:///{beside}{question}{query}"
+    begin_with_write_ahead_log(new_uri)
+    store = MlflowClient(tracking_uri=new_uri)._tracking_client.store
+    store.engine.dispose()  # else it would keep the file open, under its old name
+    fold_write_ahead_log(new_uri)
+    os.replace(beside, path)
 
 
 def make_client(uri: str, *, write_ahead_log: bool = False) -> MlflowClient:
@@ -280,11 +326,10 @@ def make_client(uri: str, *, write_ahead_log: bool = False) -> MlflowClient:
     probe(uri)
     from mlflow import MlflowClient
 
-    with _sole_maker(uri):
+    with _sole_maker(uri), translated(uri):
         if write_ahead_log:
-            begin_with_write_ahead_log(uri)
-        with translated(uri):
-            return MlflowClient(tracking_uri=uri)
+            _make_whole(uri)
+        return MlflowClient(tracking_uri=uri)
 
 
 class MlflowWriter:
@@ -471,6 +516,7 @@ class MlflowWriter:
                 metric=registration.metric,
                 goal=registration.goal,
                 value=registration.test_value,
+                beats_baseline=registration.beats_baseline,
             ),
             self._alias_holder(model, registration.alias),
             alias=registration.alias,

@@ -31,13 +31,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
 
-from hpsearch.assembly import CHANGEABLE
 from hpsearch.events import Selected, to_json
 from hpsearch.job import Config, EpochMetrics
 from hpsearch.notes import Note
+from hpsearch.space_diagnosis import findings
 from hpsearch.state import StudyState
 from hpsearch.trial import TrialRecord, TrialState
-from hpsearch.verdict import measured_metrics
+from hpsearch.verdict import baselines, measured_metrics, space_remarks
 
 RunStatus = Literal["RUNNING", "FINISHED", "KILLED", "FAILED"]
 Topic = Literal["lr-range", "search", "ensemble"]
@@ -56,6 +56,9 @@ TAG_TEST = "hpsearch.test_fingerprint"
 TAG_TEST_METRIC = "hpsearch.test_metric"
 TAG_TEST_VALUE = "hpsearch.test_value"
 TAG_GOAL = "hpsearch.goal"
+
+# Settings that are tags, since params cannot be changed. Once anything was edited, all settings are told as tags too.
+OFTEN_EDITED = ("search.trials", "budget.", "resources.", "mlflow.", "ensemble.pool", "ensemble.size")
 
 _MAX_PARAM, _MAX_TAG = 6000, 8000  # characters; MLflow refuses or cuts what is longer
 
@@ -147,6 +150,7 @@ class Registration:
     goal: Literal["minimize", "maximize"]
     test_value: float | None
     description: str
+    beats_baseline: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +202,7 @@ def _all(
         yield UpdateStudy(
             key="parent/search",
             revision=f"{len(state.trials)}@{state.n_epochs}",
-            content=Content(plots="search", tags=_counts(state)),
+            content=Content(plots="search", tags=_counts(state) | _remarks(state)),
         )
     if "ensemble" in state.ended_stages and state.selected is not None:
         yield _ensemble(state, state.selected)
@@ -218,8 +222,10 @@ def _study(state: StudyState) -> Iterator[Operation]:
     opened = state.opened
     assert opened is not None
     settings = _flatten(opened.spec)
-    fixed = {k: v for k, v in settings.items() if not k.startswith(CHANGEABLE)}
-    changeable = {f"hpsearch.{k}": v for k, v in settings.items() if k.startswith(CHANGEABLE)}
+    assert state.first_opened is not None
+    at_first = _flatten(state.first_opened.spec)
+    fixed = {k: v for k, v in at_first.items() if not k.startswith(OFTEN_EDITED)}
+    changeable = {f"hpsearch.{k}": v for k, v in settings.items() if state.edited or k.startswith(OFTEN_EDITED)}
     environment = dict(opened.environment)
     tags = {
         TAG_UID: opened.uid,
@@ -241,7 +247,7 @@ def _study(state: StudyState) -> Iterator[Operation]:
             tags={k: v for k, v in tags.items() if v},
         ),
     )
-    # A resume may bring more trials, another budget, another machine.
+    # A resume may bring more trials, a wider space, another budget, another machine.
     now = changeable | {f"hpsearch.env.{k}": v for k, v in _flatten(environment).items()}
     texts = {"environment.json": json.dumps(environment, indent=1, default=str) + "\n"}
     if opened.spec_text:
@@ -330,8 +336,10 @@ def _lr_range(state: StudyState) -> LogChild:
         {"branch": r.branch, "lr": r.lr, "low": r.low, "high": r.high, "spread_decades": r.spread_decades}
         for r in state.ranges
     ]
+    # Ranges that were concluded anew have a run of their own: params cannot be changed.
+    key = f"lr-range/{state.range_edits + 1}" if state.range_edits else "lr-range"
     return LogChild(
-        key="lr-range",
+        key=key,
         revision=str(len(state.ranges)),
         name="lr-range",
         start_ms=_ms(state.began.get("lr_range", state.opened_at)),
@@ -339,7 +347,7 @@ def _lr_range(state: StudyState) -> LogChild:
         status="FINISHED",
         content=Content(
             params=_distinct(params),
-            tags=_child_tags(state, "lr-range"),
+            tags=_child_tags(state, key),
             points=tuple(points),
             texts={"lr_range.json": json.dumps(suggestions, indent=1), "ramps.json": json.dumps(ramps)},
             plots="lr-range",
@@ -365,6 +373,7 @@ def _trial(state: StudyState, trial: TrialRecord, acknowledged: Mapping[str, str
             params=trial_params(trial),
             tags=_child_tags(state, key)
             | {"hpsearch.trial": str(trial.number), "hpsearch.state": trial_state.value}
+            | {"hpsearch.diagnosis": ", ".join(each.finding for each in findings(trial))}
             | ({"mlflow.note.content": _failure(trial)} if trial.message else {}),
             points=tuple(_curve(trial) + _final(state, trial)),
         ),
@@ -451,6 +460,7 @@ def _ensemble(state: StudyState, selected: Selected) -> LogEnsemble:
         goal=goal,
         test_value=value,
         description=description,
+        beats_baseline=state.beats_baseline,
     )
     return LogEnsemble(key=key, revision=choice, child=child, registration=registration)
 
@@ -465,7 +475,7 @@ def _choice(state: StudyState, selected: Selected) -> str:
     told = {
         "selected": to_json(selected),
         "compared": to_json(compared) if compared is not None and compared.n_trials == selected.n_trials else None,
-        "checkpoints": [state.trials[number].best_checkpoint for number in trials],
+        "checkpoints": [state.trials[number].best_ref for number in trials],
     }
     return _digest(json.dumps(_to_6_digits(told), sort_keys=True))[:8]
 
@@ -491,6 +501,12 @@ def _result(state: StudyState, selected: Selected) -> UpdateStudy:
             number = compared.gain.get(name)
             if isinstance(number, int | float):
                 points.append(Point(name=f"gain/{metric}{suffix}", value=float(number), step=0, time_ms=_ms(time)))
+    for name, measured in baselines(state).items():
+        for split, metrics in _mapping(measured).items():
+            points += _points(f"baseline/{name}/{split}_", _numbers(metrics), time)
+    for row in state.confirmed.standings if state.confirmed is not None else ():
+        told = {key: row[key] for key in ("searched", "confirmed", "optimism", "chance")}
+        points += _points(f"confirm/trial-{row['trial']}/", _numbers(told), time)
     test = _fingerprint_if_used(state, selected)
     tags = {"hpsearch.best_trial": str(selected.best)} | ({TAG_TEST: test} if test else {})
     return UpdateStudy(
@@ -564,6 +580,12 @@ def _counts(state: StudyState) -> dict[str, str]:
     return {f"hpsearch.trials.{name.value}": str(n) for name, n in state.counts().items() if n}
 
 
+def _remarks(state: StudyState) -> dict[str, str]:
+    """What all trials together say about their space, one tag."""
+    said = "; ".join(remark.words for remark in space_remarks(state))
+    return {"hpsearch.remarks": said[:_MAX_TAG]} if said else {}
+
+
 def _metric(state: StudyState) -> tuple[str, Literal["minimize", "maximize"]]:
     metric = _mapping(state.opened.spec.get("metric") if state.opened else None)
     return str(metric.get("name", "val_loss")), "maximize" if metric.get("goal") == "maximize" else "minimize"
@@ -631,6 +653,10 @@ def _name(name: str) -> str:
     cleaned = re.sub(r"[^\w.\- :/]", "_", name)
     parts = [part for part in cleaned.split("/") if part not in ("", ".", "..")]
     return "/".join(parts)[:200] or "_"
+
+
+def _numbers(found: object) -> dict[str, float]:
+    return {str(k): float(v) for k, v in _mapping(found).items() if isinstance(v, int | float)}
 
 
 def _mapping(found: object) -> Mapping[str, object]:

@@ -477,10 +477,14 @@ class TrackerThread:
             state = self._latest()
             found = _mark(self._tracker.run_dir, state)
             # A look at 10,000 trials takes 12 ms from the workers of this machine, so it is asked for a reason.
-            if last or self._report.error is not None or found != seen:
+            was_behind = self._report.error is not None
+            if last or was_behind or found != seen:
                 self._report = self._attempt(state)
                 seen = found
-            if self._report.error is not None:
+            # Once is no outage: a connection that the server gave up while it was idle fails, and the next is new.
+            if last and self._report.out_of_reach and not was_behind:
+                self._report = self._attempt(state)
+            if self._report.error is not None and (was_behind or last):
                 self._tell(self._report.error)
             if last:
                 return

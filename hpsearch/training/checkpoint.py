@@ -22,7 +22,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from hpsearch.errors import JournalError, UserCodeError
+from hpsearch.errors import DamagedBlob, JournalError, UserCodeError
 from hpsearch.job import Config
 
 FORMAT = 1
@@ -170,7 +170,8 @@ def unpack(content: bytes, *, ref: str) -> Checkpoint:
         ref: the blob's reference, for the error.
 
     Raises:
-        JournalError: the bytes are damaged, or of another format.
+        DamagedBlob: the bytes are not a checkpoint.
+        JournalError: they are of another format.
     """
     try:
         header_size = int.from_bytes(content[:8], "little")
@@ -180,9 +181,9 @@ def unpack(content: bytes, *, ref: str) -> Checkpoint:
         checksum, text = header["checksum"], header["content"]
         fields = json.loads(text)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise _damaged(ref, "it is not a checkpoint of hpsearch's, or cut short") from error
+        raise DamagedBlob(ref, "it is not a checkpoint of hpsearch's, or cut short") from error
     if checksum != _checksum(text, tensors):
-        raise _damaged(ref, "its checksum is wrong")
+        raise DamagedBlob(ref, "its checksum is wrong")
     if fields["format"] != FORMAT:
         raise JournalError(
             f"{ref} has format {fields['format']}, and this version reads {FORMAT}", hint="use the newer hpsearch"
@@ -215,10 +216,6 @@ def _copied(tree: Mapping[str, Tree]) -> dict[str, Tree]:
     if metadata is not None:
         copies._metadata = metadata
     return copies
-
-
-def _damaged(ref: str, why: str) -> JournalError:
-    return JournalError(f"{ref} is damaged: {why}", hint="restore the run directory from a copy")
 
 
 def _checksum(content: str, tensors: Mapping[str, Tensor]) -> int:

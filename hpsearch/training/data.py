@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from hpsearch.errors import UserCodeError
 from hpsearch.job import DataInfo, Outputs, SplitName
 from hpsearch.task import Splits, Task
 from hpsearch.training.fingerprint import fingerprint
+from hpsearch.training.shared_data import shared_splits
 from hpsearch.training.splits import Items, ReadSplits, Rows, Split, collated, read_splits, read_targets, with_meaning
 from hpsearch.training.user_code import frame_of, user_code
 
@@ -169,9 +171,12 @@ class StudyData:
         self._placed: dict[str, tuple[Tensor, Tensor]] = {}
         self._targets: dict[str, Tensor] = {}
         self.info = info
+        self.on_batch: Callable[[], None] | None = None  # called before each batch, of whichever split
 
     @classmethod
-    def load(cls, task: Task, *, study_seed: int, cut_ensemble: bool, device: torch.device) -> StudyData:
+    def load(
+        cls, task: Task, *, study_seed: int, cut_ensemble: bool, device: torch.device, share: Path | None = None
+    ) -> StudyData:
         """Calls task.data(), checks what it gives, and cuts the ensemble split from val.
 
         Args:
@@ -179,15 +184,22 @@ class StudyData:
             study_seed: decides the cut.
             cut_ensemble: False (a study without an ensemble): val stays whole, and "ensemble" is another name for it.
             device: where batches are wanted.
+            share: a folder through which the workers of this machine share what data() gave; None: none do.
 
         Raises:
             UserCodeError: data() raised, or gave what cannot be trained on.
         """
-        with user_code("data()"):
-            given = task.data()
+
+        def given_splits() -> ReadSplits:
+            with user_code("data()"):
+                given = task.data()
+            # A Dataset is the user's code, down to its len() and targets.
+            with user_code("reading what data() gave"):
+                return read_splits(task, given)
+
         try:
-            with user_code("reading what data() gave"):  # a Dataset is the user's code, down to its len() and targets
-                read = read_splits(task, given)
+            read = given_splits() if share is None else shared_splits(share, task, given_splits)
+            with user_code("reading what data() gave"):
                 sources = {name: _identity(split) for name, split in read.by_name.items()}
                 whole = fingerprint(sources)
                 test = fingerprint({"test": sources["test"]}) if "test" in sources else ""
@@ -207,6 +219,11 @@ class StudyData:
             metrics=(),
         )
         return cls(read, info=info, device=device)
+
+    @property
+    def placed_bytes(self) -> int:
+        """Bytes of the splits that were put on a GPU."""
+        return sum(t.nbytes for pair in self._placed.values() for t in pair if t.is_cuda)
 
     @property
     def splits(self) -> Splits:
@@ -288,8 +305,10 @@ class StudyData:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         held = self._split(name)
         if isinstance(held, Items):
-            return self._collate(name, held, order, bounds)
-        return self._gather_rows(name, held, order, bounds)
+            batches = self._collate(name, held, order, bounds)
+        else:
+            batches = self._gather_rows(name, held, order, bounds)
+        return batches if self.on_batch is None else _told(batches, self.on_batch)
 
     def _gather_rows(
         self, name: SplitName, rows: Rows, order: Tensor | None, bounds: list[tuple[int, int]]
@@ -357,6 +376,12 @@ class StudyData:
                 return rows.x, rows.y  # half of what is free is the model's
             self._placed[name] = rows.x.to(device), rows.y.to(device)
         return self._placed[name]
+
+
+def _told(batches: Iterator[tuple[Tensor, Tensor]], tell: Callable[[], None]) -> Iterator[tuple[Tensor, Tensor]]:
+    for batch in batches:
+        tell()
+        yield batch
 
 
 def _with_ensemble_split(read: ReadSplits, *, study_seed: int, cut: bool) -> ReadSplits:

@@ -9,23 +9,28 @@ What a config or the user's code can cause is an outcome of the job, never an ex
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from hpsearch.errors import JournalError, TrialDiverged, UserCodeError
+from hpsearch.errors import DamagedBlob, JournalError, TrialDiverged, UserCodeError
 from hpsearch.job import (
+    BaselineJob,
+    CheckJob,
     Config,
+    ConfirmJob,
     DataInfo,
     EpochMetrics,
     EvaluateJob,
@@ -34,13 +39,16 @@ from hpsearch.job import (
     Member,
     ProbeJob,
     RampJob,
+    RebuildJob,
     Result,
+    SplitName,
     TrainJob,
 )
 from hpsearch.lr_curve import ramp_lrs
 from hpsearch.task import Task, has_own_fit
 from hpsearch.training.checkpoint import Checkpoint, load_weights, pack, unpack
 from hpsearch.training.data import StudyData, epoch_seed
+from hpsearch.training.group import Group, InStep
 from hpsearch.training.loop import (
     DefaultTraining,
     Training,
@@ -59,6 +67,7 @@ from hpsearch.training.measure import (
     row_scores,
     split_output,
 )
+from hpsearch.training.memory import MemoryGuard
 from hpsearch.training.own_loop import OwnTraining
 from hpsearch.training.ramp import ramp_losses
 from hpsearch.training.seeding import seed_all, seeded
@@ -67,6 +76,7 @@ from hpsearch.training.user_code import describe, frame_of, is_out_of_memory, us
 REMEMBERED_BYTES = 256 << 20  # of checkpoints made here: asking the driver for them costs a journey
 LIVE_FITS = 4  # generators of a user's `fit` that cannot be paused; each holds a model
 EXPORT_ROWS = 16  # real rows that an exported graph is compared on
+ALIVE_S = 1.0  # between two signs of life within an epoch
 
 Fetch = Callable[[str], bytes]
 Progress = Callable[[str, int], None]
@@ -91,6 +101,7 @@ class TorchExecutor:
         goal: Literal["minimize", "maximize"] = "minimize",
         shuffle: bool = True,
         should_stop: Callable[[], bool] | None = None,
+        guard_memory: Callable[[torch.device], MemoryGuard | None] | None = None,
     ) -> None:
         """Loads nothing yet.
 
@@ -104,6 +115,7 @@ class TorchExecutor:
             goal: whether that metric is minimised.
             shuffle: whether training rows come in another order each epoch.
             should_stop: asked between epochs; when it says yes, `run` ends without a result for the job at hand.
+            guard_memory: gives the guard of a device's memory; None where memory is not shared with others.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -119,6 +131,20 @@ class TorchExecutor:
         self._loaded: StudyData | None = None
         self._remembered = _Remembered(REMEMBERED_BYTES)
         self._live: OrderedDict[int, OwnTraining] = OrderedDict()
+        self._group: Group | None = None
+        self._guard_memory = guard_memory
+        self._memory: MemoryGuard | None = None
+        self._data_folder: Path | None = None
+
+    def share_data(self, folder: Path) -> None:
+        """Share the data with the other workers of this machine through a folder. Before the data are loaded."""
+        self._data_folder = folder
+
+    def join(self, group: Group) -> None:
+        """Train in step with the other processes of a group, on its device. Before the data are loaded."""
+        self._group = group
+        self._device = group.device
+        self._remembered = _Remembered(0)  # of a trial that goes on, all ranks begin with rank 0's bytes
 
     def describe(self, config: Config | None = None) -> DataInfo:
         """Loads the data and tells what they are.
@@ -128,8 +154,13 @@ class TorchExecutor:
 
         Raises:
             UserCodeError: the task or its data cannot be used.
+            ClusterError: the device's memory is in use by others.
         """
         own = has_own_fit(self._task)
+        if self._guard_memory is not None and self._memory is None:
+            self._memory = self._guard_memory(self._device)
+            if self._memory is not None:
+                self._memory.await_room()
         with self._borrowed_process():
             metrics = () if config is None or own else self._metric_names(config)
             _warm_up()
@@ -141,7 +172,7 @@ class TorchExecutor:
         Args:
             jobs: of this study.
             fetch: gives a blob by its reference; what it raises is passed on, except that a blob is damaged or gone.
-            progress: told (job key, epochs behind the trial) after every epoch.
+            progress: told (job key, epochs behind the trial) after every epoch, and between batches once a second.
         """
         for job in jobs:
             try:
@@ -149,6 +180,12 @@ class TorchExecutor:
             except Interrupted:
                 return
             yield result
+
+    def worn(self) -> str:
+        """Why this process should make room for another: it keeps the memory of its GPU. "" while it does not."""
+        if self._memory is None or self._live:  # a generator that is kept alive keeps its model, and may
+            return ""
+        return self._memory.judge(self._data.placed_bytes)
 
     def close(self) -> None:
         """Ends the generators of a user's `fit` that are still alive."""
@@ -158,22 +195,34 @@ class TorchExecutor:
     def _run(self, job: Job, fetch: Fetch, progress: Progress) -> Result:
         start = time.perf_counter()
         try:
-            with self._borrowed_process():
+            with self._borrowed_process(), self._signs_of_life(job, progress):
                 result = self._result(job, fetch, progress)
         except UserCodeError as error:
             message = f"{error.message} (hint: {error.hint})" if error.hint else error.message
             result = Result(
                 key=job.key, outcome="crashed", message=message, frame=self._frame(error), traceback=error.traceback
             )
+        except DamagedBlob as error:  # nobody's fault: the study has it made again, and gives the job out once more
+            result = Result(key=job.key, outcome="damaged", values={"ref": error.ref}, message=error.why)
         except JournalError as error:
             result = Result(key=job.key, outcome="crashed", message=error.message)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             result = Result(key=job.key, outcome="out_of_memory", message=describe(error))
-        if result.outcome == "out_of_memory" and self._device.type == "cuda":
-            torch.cuda.empty_cache()  # the failed trial's memory may be needed by another process on the device
+        if result.outcome == "out_of_memory":
+            self._free_memory()
         return replace(result, seconds=time.perf_counter() - start)
+
+    def _free_memory(self) -> None:
+        """Give back all that is not needed to go on: this job is tried again alone, and others are on the machine."""
+        with suppress(UserCodeError):  # of a `finally` in the user's generator; what counts is the memory
+            self.close()
+        self._live.clear()
+        self._remembered.clear()
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _frame(self, error: UserCodeError) -> str:
         """The user's frame; where only torch's layers stand in the traceback, the method that put them together."""
@@ -193,6 +242,14 @@ class TorchExecutor:
                 return self._ramp(job, {**job.config, "lr": job.lr_min}, lrs, reference=job.lr_min)
             case ProbeJob():
                 return self._ramp(job, job.config, None, reference=None)
+            case RebuildJob():
+                return self._rebuild(job, fetch, progress)
+            case ConfirmJob():
+                return self._confirm(job, fetch, progress)
+            case CheckJob():
+                return self._check(job)
+            case BaselineJob():
+                return self._baseline(job)
             case EvaluateJob():
                 return self._evaluate(job, fetch)
             case ExportJob():
@@ -201,10 +258,10 @@ class TorchExecutor:
     # Training
 
     def _train(self, job: TrainJob, fetch: Fetch, progress: Progress) -> Result:
-        training = self._training(job, fetch)
+        steps, training = self._begun(job, fetch)
         try:
-            curve = self._train_epochs(job, training, progress)
-            result = _diverged(job, training, curve) if curve.diverged else _trained(job, training, curve)
+            curve = self._train_epochs(job, steps, progress)
+            result = _diverged(job, steps, curve) if curve.diverged else _trained(job, steps, curve)
         except BaseException:
             _close(training, quietly=True)
             raise
@@ -216,13 +273,75 @@ class TorchExecutor:
             _close(training)
         return result
 
+    def _rebuild(self, job: RebuildJob, fetch: Fetch, progress: Progress) -> Result:
+        """The weights of a trial's epoch as its training gave them, by training it again."""
+        self._forget_live(job.trial)
+        again = TrainJob(
+            key=job.key,
+            trial=job.trial,
+            config=job.config,
+            seed=job.seed,
+            from_epoch=0,
+            to_epoch=job.epoch,
+            best=-math.inf,  # no other epoch is wanted
+        )
+        steps, training = self._begun(again, fetch)
+        try:
+            curve = self._train_epochs(again, steps, progress)
+            content = b"" if curve.diverged else pack(steps.checkpoint(weights_only=True))
+        except BaseException:
+            _close(training, quietly=True)
+            raise
+        _close(training)
+        if curve.diverged:
+            message = f"trained again, {curve.diverged}, as it was not the first time"
+            return Result(key=job.key, outcome="diverged", message=message)
+        self._remembered.put(job.checkpoint, content)
+        return Result(key=job.key, values={"best_checkpoint": job.checkpoint}, blobs={job.checkpoint: content})
+
+    def _confirm(self, job: ConfirmJob, fetch: Fetch, progress: Progress) -> Result:
+        """A config trained afresh, its best epoch on val measured on the ensemble split; nothing of it is kept."""
+        fresh = TrainJob(
+            key=job.key, trial=job.trial, config=job.config, seed=job.seed, from_epoch=0, to_epoch=job.epochs
+        )
+        self._forget_live(job.trial)
+        steps, training = self._begun(fresh, fetch)
+        try:
+            curve = self._train_epochs(fresh, steps, progress)
+        except BaseException:
+            _close(training, quietly=True)
+            raise
+        _close(training)
+        if curve.diverged:
+            return Result(key=job.key, outcome="diverged", message=curve.diverged)
+        assert curve.best is not None
+        row = next(row for row in curve.rows if row.epoch == curve.best.epoch)
+        val = {name.removeprefix("val_"): value for name, value in row.metrics.items() if name.startswith("val_")}
+        model = self._model_of(job.config, curve.best)
+        result = self._measured(job.key, [split_output(model, self._data, "ensemble")], [1.0], "ensemble", keep=False)
+        return replace(result, values={**result.values, "val": val, "epoch": curve.best.epoch})
+
+    def _forget_live(self, trial: int) -> None:
+        live = self._live.pop(trial, None)
+        if live is not None:
+            live.close()
+
+    def _begun(self, job: TrainJob, fetch: Fetch) -> tuple[Training, Training]:
+        """A job's training as its epochs are asked for (in step with a group's other ranks), and this process's own."""
+        if self._group is None:
+            training = self._training(job, fetch)
+            return training, training
+        in_step = InStep(self._group, job.key, lambda: self._training(job, fetch), self.should_stop)
+        return in_step, in_step.training
+
     def _train_epochs(self, job: TrainJob, training: Training, progress: Progress) -> _Curve:
         curve = _Curve(objective=job.best)
         while training.epoch < job.to_epoch:
-            if self.should_stop is not None and self.should_stop():
+            if self._asked_to_stop(training):
                 raise Interrupted
             try:
-                row = training.train_epoch()
+                with self._signs_of_life(job, progress, training.epoch):
+                    row = training.train_epoch()
                 value = self._objective(row)
             except TrialDiverged as error:
                 curve.diverged = error.message
@@ -236,6 +355,11 @@ class TorchExecutor:
                 # Of the last epoch no copy is needed: nothing changes the model any more.
                 curve.best = training.checkpoint(weights_only=True, copy=row.epoch < job.to_epoch)
         return curve
+
+    def _asked_to_stop(self, training: Training) -> bool:
+        if isinstance(training, InStep):
+            return training.stop
+        return self.should_stop is not None and self.should_stop()
 
     def _training(self, job: TrainJob, fetch: Fetch) -> Training:
         if job.to_epoch <= job.from_epoch:
@@ -256,6 +380,8 @@ class TorchExecutor:
                 trial=job.trial,
                 seed=job.seed,
                 device=self._device,
+                rank=0 if self._group is None else self._group.rank,
+                world_size=1 if self._group is None else self._group.size,
                 checkpoint=checkpoint,
             )
         return DefaultTraining(
@@ -325,38 +451,70 @@ class TorchExecutor:
 
     # Prediction
 
+    def _check(self, job: CheckJob) -> Result:
+        from hpsearch.training.checks import run_check
+
+        found = run_check(
+            job.what, self._task, self._data, job.config, seed=job.seed, device=self._device, where=job.corner
+        )
+        return Result(key=job.key, values={"checks": [check.as_json() for check in found]})
+
+    def _baseline(self, job: BaselineJob) -> Result:
+        from hpsearch.training.baselines import Skipped, measure_baseline
+
+        try:
+            measured = measure_baseline(job.name, self._task, self._data, seed=job.seed)
+        except Skipped as reason:
+            return Result(key=job.key, outcome="unusable", message=str(reason))
+        refs = {split: f"predictions/{_file_name(job.key)}-{split}-rows.safetensors" for split in measured}
+        return Result(
+            key=job.key,
+            values={"metrics": {split: metrics for split, (metrics, _) in measured.items()}, "row_scores": refs},
+            blobs={refs[split]: save_tensors(rows) for split, (_, rows) in measured.items()},
+        )
+
     def _evaluate(self, job: EvaluateJob, fetch: Fetch) -> Result:
-        outputs = self._data.info.outputs
         if job.split not in self._data.info.n_rows:
             raise UserCodeError(f"the task has no {job.split} split", hint="give one in Task.data()")
-        members = [split_output(self._member(member, fetch), self._data, job.split) for member in job.members]
-        target = members[0][1]
-        predictions = [prediction_of(output, outputs) for output, _ in members]
-        if len(members) == 1:
+        outputs = [split_output(self._member(member, fetch), self._data, job.split) for member in job.members]
+        weights = [member.weight for member in job.members]
+        return self._measured(job.key, outputs, weights, job.split, keep=job.keep_predictions)
+
+    def _measured(
+        self,
+        key: str,
+        given: Sequence[tuple[Tensor, Tensor]],
+        weights: Sequence[float],
+        split: SplitName,
+        *,
+        keep: bool,
+    ) -> Result:
+        """What some models' outputs, weighted, are worth on a split; `given` are (output, target) of each."""
+        outputs, target = self._data.info.outputs, given[0][1]
+        predictions = [prediction_of(output, outputs) for output, _ in given]
+        if len(given) == 1:
             # A single model keeps its own output, so that its metrics are those of its training to the bit.
-            prediction, output = predictions[0], members[0][0]
+            prediction, output = predictions[0], given[0][0]
         else:
-            prediction = mean_prediction(predictions, [member.weight for member in job.members])
+            prediction = mean_prediction(predictions, weights)
             output = output_of(prediction, outputs)
         metrics = output_metrics(self._task, output, target)
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         if not bad and not bool(torch.isfinite(prediction).all()):
-            return Result(
-                key=job.key, outcome="diverged", message=f"predictions of the {job.split} split are not finite"
-            )
+            return Result(key=key, outcome="diverged", message=f"predictions of the {split} split are not finite")
         if bad:
-            return Result(key=job.key, outcome="diverged", message=f"{job.split}_{bad[0]} is {metrics[bad[0]]}")
-        stem = f"predictions/{_file_name(job.key)}"
+            return Result(key=key, outcome="diverged", message=f"{split}_{bad[0]} is {metrics[bad[0]]}")
+        stem = f"predictions/{_file_name(key)}"
         with user_code("loss()"):
             rows = row_scores(self._task, outputs, output, target)
         blobs = {f"{stem}-rows.safetensors": save_tensors(rows)}
         refs: dict[str, str | None] = {"predictions": None, "targets": None}
-        if job.keep_predictions:
-            refs = {"predictions": f"{stem}.safetensors", "targets": f"predictions/targets-{job.split}.safetensors"}
+        if keep:
+            refs = {"predictions": f"{stem}.safetensors", "targets": f"predictions/targets-{split}.safetensors"}
             blobs[f"{stem}.safetensors"] = save_tensors({"predictions": prediction.cpu().contiguous()})
-            blobs[f"predictions/targets-{job.split}.safetensors"] = save_tensors({"targets": target.cpu().contiguous()})
+            blobs[f"predictions/targets-{split}.safetensors"] = save_tensors({"targets": target.cpu().contiguous()})
         values = {"metrics": metrics, "n_rows": len(target), **refs, "row_scores": f"{stem}-rows.safetensors"}
-        return Result(key=job.key, values=values, blobs=blobs)
+        return Result(key=key, values=values, blobs=blobs)
 
     def _export(self, job: ExportJob, fetch: Fetch) -> Result:
         from hpsearch.training.export import export_members  # onnx takes a second to import
@@ -369,8 +527,10 @@ class TorchExecutor:
         return Result(key=job.key, values=values, blobs=blobs)
 
     def _member(self, member: Member, fetch: Fetch) -> nn.Module:
-        checkpoint = self._checkpoint(member.checkpoint, fetch)
-        model = build_model(self._task, member.config, self._data, seed=checkpoint.seed, device=self._device)
+        return self._model_of(member.config, self._checkpoint(member.checkpoint, fetch))
+
+    def _model_of(self, config: Config, checkpoint: Checkpoint) -> nn.Module:
+        model = build_model(self._task, config, self._data, seed=checkpoint.seed, device=self._device)
         load_weights(model, checkpoint)
         return model.eval()
 
@@ -380,7 +540,11 @@ class TorchExecutor:
     def _data(self) -> StudyData:
         if self._loaded is None:
             self._loaded = StudyData.load(
-                self._task, study_seed=self._study_seed, cut_ensemble=self._cut_ensemble, device=self._device
+                self._task,
+                study_seed=self._study_seed,
+                cut_ensemble=self._cut_ensemble,
+                device=self._device,
+                share=self._data_folder,
             )
         return self._loaded
 
@@ -394,6 +558,25 @@ class TorchExecutor:
         with torch.no_grad(), user_code("model.forward()"):
             output = model(inputs)
         return ("train_loss", *(f"val_{name}" for name in output_metrics(self._task, output, target)))
+
+    @contextmanager
+    def _signs_of_life(self, job: Job, progress: Progress, epoch: int = 0) -> Iterator[None]:
+        """While inside, every job tells between its batches that it is alive, once a second."""
+        data = self._data
+        due = time.perf_counter() + ALIVE_S
+
+        def tell() -> None:
+            nonlocal due
+            now = time.perf_counter()
+            if now >= due:
+                due = now + ALIVE_S
+                progress(job.key, epoch)
+
+        outer, data.on_batch = data.on_batch, tell
+        try:
+            yield
+        finally:
+            data.on_batch = outer
 
     @contextmanager
     def _borrowed_process(self) -> Iterator[None]:
@@ -473,14 +656,16 @@ def _diverged(job: TrainJob, training: Training, curve: _Curve) -> Result:
 
 
 def _require_continuable(job: TrainJob, checkpoint: Checkpoint) -> None:
-    """Raises JournalError when a job's checkpoint is not the one that the job goes on from."""
+    """Raises DamagedBlob when a job's checkpoint is not the one that the job goes on from."""
+    assert job.checkpoint is not None
     if (checkpoint.trial, checkpoint.epoch) != (job.trial, job.from_epoch):
-        raise JournalError(
-            f"{job.checkpoint} is of trial {checkpoint.trial} at epoch {checkpoint.epoch}, "
-            f"not of trial {job.trial} at epoch {job.from_epoch}"
+        raise DamagedBlob(
+            job.checkpoint,
+            f"it is of trial {checkpoint.trial} at epoch {checkpoint.epoch}, "
+            f"not of trial {job.trial} at epoch {job.from_epoch}",
         )
     if not checkpoint.resumable:
-        raise JournalError(f"{job.checkpoint} holds weights alone, so trial {job.trial} cannot go on from it")
+        raise DamagedBlob(job.checkpoint, f"it holds weights alone, so trial {job.trial} cannot go on from it")
 
 
 def _close(training: Training, *, quietly: bool = False) -> None:
@@ -518,6 +703,10 @@ class _Remembered:
         while self._n_bytes > self._max_bytes:
             _, dropped = self._blobs.popitem(last=False)
             self._n_bytes -= len(dropped)
+
+    def clear(self) -> None:
+        self._blobs.clear()
+        self._n_bytes = 0
 
     def get(self, ref: str) -> bytes | None:
         content = self._blobs.get(ref)

@@ -38,9 +38,14 @@ class OwnTraining:
         trial: int,
         seed: int,
         device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
         checkpoint: Checkpoint | None = None,
     ) -> None:
         """A trial at its start, or at a checkpoint, whose weights the model has before `fit` is called.
+
+        Args:
+            rank: of this process among the `world_size` that train the trial together.
 
         Raises:
             UserCodeError: model() raised, or the checkpoint does not fit it.
@@ -51,6 +56,7 @@ class OwnTraining:
         self._trial = trial
         self._seed = seed
         self._device = device
+        self._rank, self._world_size = rank, world_size
         self.model: nn.Module = build_model(task, config, data, seed=seed, device=device)
         self.epoch = 0
         self.resumable = checkpoint is not None
@@ -134,6 +140,8 @@ class OwnTraining:
             number=self._trial,
             seed=self._seed,
             device=self._device,
+            rank=self._rank,
+            world_size=self._world_size,
         )
         self._restarted_from = None
         reports = self._task.fit(self.model, copy.deepcopy(self._config), self._data.splits, trial)

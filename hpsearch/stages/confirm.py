@@ -1,0 +1,182 @@
+"""Confirm: train the best few again with fresh seeds, and measure them on rows that the search never ranked on.
+
+The search's winner is the luckiest of many, so its own score flatters it. What is told of it afterwards comes from
+here: its mean over fresh seeds, how far the search's score was from that, and the chance that it is the best at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from hpsearch.events import Confirmed, Event, Finished, Opened
+from hpsearch.intervals import mean_interval
+from hpsearch.job import ConfirmJob, Job
+from hpsearch.racing import Standing, next_run, standings
+from hpsearch.sampler import derived_seed
+from hpsearch.state import StudyState
+from hpsearch.trial import TrialRecord
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfirmSettings:
+    """How many are confirmed, and by which measure."""
+
+    trials: int
+    seeds: int
+    study_seed: int
+    metric: str  # the study's metric without its split
+    goal: Literal["minimize", "maximize"]
+
+
+class Confirm:
+    """Fresh seeds for the best few, spent where their order is unsure; then who is the best."""
+
+    name = "confirm"
+
+    def __init__(
+        self, settings: ConfirmSettings, state: StudyState, *, arrays: Callable[[str], dict[str, np.ndarray]]
+    ) -> None:
+        """
+        Args:
+            arrays: reads the named arrays of a blob.
+        """
+        self._settings = settings
+        self._state = state
+        self._arrays = arrays
+        self._best: list[TrialRecord] | None = None  # as of the last event that could change it
+
+    def apply(self, event: Event) -> None:
+        if isinstance(event, Opened) or (isinstance(event, Finished) and event.trial is not None):
+            self._best = None
+
+    def lost(self, worker: str) -> None:
+        """A run lives in no worker's memory: it is trained from its start again."""
+
+    def next_job(self, worker: str) -> Job | None:
+        if self._confirmed():
+            return None
+        run = next_run(
+            self._scores(),
+            self._under_way(),
+            candidates=[trial.number for trial in self._candidates()],
+            n_seeds=self._settings.seeds,
+            seed=self._settings.study_seed,
+        )
+        if run is None:
+            return None
+        number, index = run
+        return self._job(self._state.trials[number], self._free_index(number, index))
+
+    def conclude(self) -> list[Event]:
+        if self._confirmed() or not self._candidates() or self._under_way() or self.next_job("") is not None:
+            return []
+        scores = self._scores()
+        table = standings(scores, seed=self._settings.study_seed)
+        rows = [self._row(standing) for standing in table]
+        out = [trial.number for trial in self._candidates() if not scores.get(trial.number)]
+        return [Confirmed(epoch_of_search=self._state.n_epochs, standings=tuple(rows), out=tuple(out))]
+
+    def finished(self) -> bool:
+        return self._confirmed() or not self._candidates()
+
+    def _confirmed(self) -> bool:
+        return self._state.confirmed is not None
+
+    def _candidates(self) -> list[TrialRecord]:
+        """The best few by the search's own score; those whose fresh run went wrong are out of the race."""
+        if self._best is None:
+            self._best = self._state.candidates(self._settings.trials)
+        return [trial for trial in self._best if not any(r.outcome != "done" for r in self._runs(trial).values())]
+
+    def _job(self, trial: TrialRecord, index: int) -> ConfirmJob:
+        return ConfirmJob(
+            key=confirm_key(trial.number, trial.epoch, index),
+            trial=trial.number,
+            config=trial.config,
+            seed=derived_seed(self._settings.study_seed, "confirm", trial.number, index),
+            epochs=trial.epoch,
+        )
+
+    def _free_index(self, number: int, index: int) -> int:
+        """Runs come back in any order: the first seed of the trial that nobody has taken."""
+        trial = self._state.trials[number]
+        taken = [i for i in range(self._settings.seeds) if self._is_taken(confirm_key(number, trial.epoch, i))]
+        return next(i for i in range(index + 1) if i not in taken)
+
+    def _is_taken(self, key: str) -> bool:
+        return key in self._state.results or key in self._state.leases
+
+    def _runs(self, trial: TrialRecord) -> dict[int, Finished]:
+        """Runs of a trial that have come back, by the number of their seed."""
+        keys = ((i, confirm_key(trial.number, trial.epoch, i)) for i in range(self._settings.seeds))
+        return {i: self._state.results[key] for i, key in keys if key in self._state.results}
+
+    def _scores(self) -> dict[int, list[float]]:
+        return {
+            trial.number: [self._score(result) for _, result in sorted(self._runs(trial).items())]
+            for trial in self._candidates()
+        }
+
+    def _score(self, result: Finished) -> float:
+        metrics = result.values["metrics"]
+        assert isinstance(metrics, Mapping)
+        return (1.0 if self._settings.goal == "minimize" else -1.0) * float(metrics[self._settings.metric])
+
+    def _under_way(self) -> dict[int, int]:
+        counts: dict[int, int] = {}
+        for key in self._state.leases:
+            kind, _, rest = key.partition("/")
+            if kind == self.name:
+                number = int(rest.partition("/")[0])
+                counts[number] = counts.get(number, 0) + 1
+        return counts
+
+    def _row(self, standing: Standing) -> dict[str, object]:
+        """A candidate's line: what the search said, what fresh seeds and fresh rows say, in the metric's own unit."""
+        trial = self._state.trials[standing.trial]
+        sign = 1.0 if self._settings.goal == "minimize" else -1.0
+        assert trial.best_objective is not None
+        low, high = self._interval(trial, standing)
+        searched, confirmed = sign * trial.best_objective, sign * standing.corrected
+        return {
+            "trial": standing.trial,
+            "searched": searched,
+            "confirmed": confirmed,
+            "low": low,
+            "high": high,
+            "optimism": standing.corrected - trial.best_objective,  # positive where the search's score flattered
+            "seeds": standing.n_seeds,
+            "chance": standing.chance,
+        }
+
+    def _interval(self, trial: TrialRecord, standing: Standing) -> tuple[float | None, float | None]:
+        """95 % of the confirmed score on new rows with a new seed's mean: the spread of rows and of seeds together."""
+        metric, sign = self._settings.metric, 1.0 if self._settings.goal == "minimize" else -1.0
+        refs = [str(result.values["row_scores"]) for result in self._runs(trial).values()]
+        rows = [self._arrays(ref) for ref in refs]
+        if standing.low is None or any(metric not in row for row in rows):
+            return None, None
+        of_rows = mean_interval(sum(row[metric] for row in rows) / len(rows), seed=self._settings.study_seed)
+        if of_rows.low is None or of_rows.high is None:
+            return None, None
+        half = standing.corrected - standing.low
+        centre = sign * standing.corrected
+        return (
+            centre - math.hypot(of_rows.value - of_rows.low, half),
+            centre + math.hypot(of_rows.high - of_rows.value, half),
+        )
+
+
+def confirm_key(trial: int, epochs: int, index: int) -> str:
+    """Key of a fresh run of a trial.
+
+    >>> confirm_key(17, 27, 0)
+    'confirm/17/27/0'
+    """
+    return f"confirm/{trial}/{epochs}/{index}"

@@ -1,0 +1,112 @@
+"""Preflight: distrust the network and its data before a GPU-hour is spent on them.
+
+The data once, the network of trial 0 whole, the smallest and the largest on two examples, every corner of the space by
+one step. What fails stops the study before any search job; what warns is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from hpsearch.checks import Check
+from hpsearch.errors import HpsearchError, PreflightError, UserCodeError
+from hpsearch.events import Event
+from hpsearch.job import CheckJob, Config, Job
+from hpsearch.state import StudyState
+
+TRIAL_0 = "trial 0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreflightSettings:
+    """Which networks are asked."""
+
+    first: Config  # trial 0's
+    first_seed: int
+    corners: Mapping[str, Config]
+    allow: tuple[str, ...]  # codes of checks that may fail
+
+
+class Preflight:
+    """The checks as jobs, and what they come to."""
+
+    name = "preflight"
+
+    def __init__(self, settings: PreflightSettings, state: StudyState) -> None:
+        self._settings = settings
+        self._state = state
+        self._jobs = check_jobs(settings)
+
+    def apply(self, event: Event) -> None:
+        """Nothing is kept here: the study's state has the results."""
+
+    def lost(self, worker: str) -> None:
+        """A check lives in no worker's memory."""
+
+    def next_job(self, worker: str) -> Job | None:
+        known, leased = self._state.results, self._state.leases
+        return next((job for job in self._jobs if job.key not in known and job.key not in leased), None)
+
+    def conclude(self) -> list[Event]:
+        return []
+
+    def finished(self) -> bool:
+        return all(job.key in self._state.results for job in self._jobs)
+
+    def failure(self) -> HpsearchError | None:
+        """Why the study must not go on: the user's code raised, or a check failed that is not allowed to."""
+        for job in self._jobs:
+            result = self._state.results.get(job.key)
+            if result is not None and result.outcome == "crashed":
+                return UserCodeError(result.message, frame=result.frame, hint="mend the task, then launch again")
+        failed = [c for c in checks(self._state) if c.status == "failed" and c.code not in self._settings.allow]
+        return preflight_error(failed) if failed else None
+
+
+def check_jobs(settings: PreflightSettings) -> list[CheckJob]:
+    """The longest first, so that workers end together."""
+    jobs = [
+        CheckJob(
+            key=f"check/network/{TRIAL_0}",
+            what="network",
+            corner=TRIAL_0,
+            config=settings.first,
+            seed=settings.first_seed,
+        ),
+        CheckJob(key="check/data", what="data", corner="", config={}, seed=settings.first_seed),
+    ]
+    for corner, config in settings.corners.items():
+        kinds = ("overfit", "step") if corner in ("smallest", "largest") else ("step",)
+        jobs += [
+            CheckJob(key=f"check/{kind}/{corner}", what=kind, corner=corner, config=config, seed=settings.first_seed)  # type: ignore[arg-type]
+            for kind in kinds
+        ]
+    return sorted(jobs, key=lambda job: ("network", "data", "overfit", "step").index(job.what))
+
+
+def checks(state: StudyState) -> list[Check]:
+    """Every check that has been made, in the order in which a person reads them: the data, trial 0, the corners."""
+    found: list[Check] = []
+    for kind in ("data", "network", "overfit", "step"):
+        for key, result in state.results.items():
+            if key.split("/")[:2] == ["check", kind]:
+                rows = result.values.get("checks")
+                found += [Check.of(row) for row in rows] if isinstance(rows, (list, tuple)) else []
+    return found
+
+
+def preflight_error(failed: Collection[Check]) -> PreflightError:
+    """The error of a preflight, with each failure's likeliest cause."""
+    lines = []
+    for check in failed:
+        at = f" ({check.where})" if check.where else ""
+        lines.append(f"{check.code}: not true that {check.name}{at}: {check.found} (expected {check.expected})")
+    codes = ", ".join(dict.fromkeys(check.code for check in failed))
+    n = len(failed)
+    first = next(iter(failed))
+    return PreflightError(
+        f"{n} check{'s' if n > 1 else ''} failed, so nothing was searched\n  " + "\n  ".join(lines),
+        hint=f"likeliest: {first.cause}: {first.look_at}\n  hint: if it is meant: "
+        f"preflight: {{allow: [{codes}]}}, or --skip-preflight",
+    )

@@ -1,0 +1,206 @@
+"""What happens to a launch as users run it, a process of its own: killed, interrupted, left without its cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpsearch.cli.adapters import make_executor, make_sampler
+from hpsearch.fleets import Launch
+from hpsearch.fleets.local import LocalFleet
+from hpsearch.journal import is_locked, read_journal
+from hpsearch.spec import parse_spec
+from hpsearch.state import StudyState
+from tests.test_cli import SPACE, TASK
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+# So slow that something can be done to it in the middle.
+SLOW_TASK = TASK.replace("def model(self, config):", "def model(self, config):\n        import time; time.sleep(0.2)")
+VERY_SLOW_MODEL = "def model(self, config):\n        import time; time.sleep(2.0)"
+N_TRIALS = 24
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "task.py").write_text(SLOW_TASK)
+    (tmp_path / "space.yaml").write_text(SPACE.replace("trials: 8", f"trials: {N_TRIALS}"))
+    return tmp_path
+
+
+@pytest.fixture
+def launched(project: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts `hpsearch launch space.yaml …` in a process group of its own, as a shell does."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hpsearch", "launch", "space.yaml", "--workers", "2", *arguments],
+            cwd=project,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def state_of(project: Path) -> StudyState:
+    return StudyState.of(read_journal(project / "runs" / "blobs"))
+
+
+def wait_until_trained(project: Path, n_epochs: int, process: subprocess.Popen[str]) -> None:
+    journal = project / "runs" / "blobs" / "journal.jsonl"
+    deadline = time.monotonic() + 150
+    while not journal.exists() or state_of(project).n_epochs < n_epochs:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def ended(process: subprocess.Popen[str], within_s: float) -> tuple[int, str]:
+    """Exit code and stderr."""
+    _, err = process.communicate(timeout=within_s)
+    return process.returncode, err
+
+
+def assert_kept(before: StudyState, after: StudyState) -> None:
+    for number, trial in before.trials.items():
+        assert after.trials[number].config == trial.config
+        assert after.trials[number].seed == trial.seed
+        assert after.trials[number].curve[: len(trial.curve)] == trial.curve
+    assert after.ranges[: len(before.ranges)] == before.ranges
+
+
+def test_launch_that_is_killed_again_and_again_ends_as_one_that_never_was(
+    project: Path, launched: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    before = StudyState()
+    for n_epochs in (3, 12, 24):  # in the range of epochs that one session is sure to get through
+        process = launched("--resume")
+        wait_until_trained(project, n_epochs, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        state = state_of(project)
+        assert not state.done
+        assert_kept(before, state)
+        before = state
+    code, err = ended(launched("--resume"), within_s=200)
+    assert code == 0, err
+    after = state_of(project)
+    assert after.done
+    assert len(after.trials) == N_TRIALS
+    assert_kept(before, after)
+
+    # What a study that nobody killed finds, on one worker in this process.
+    undisturbed = Launch(
+        run_dir=tmp_path / "undisturbed",
+        spec=parse_spec((project / "space.yaml").read_text()),
+        folder=project,
+        make_sampler=make_sampler,
+        make_executor=make_executor,
+    )
+    (project / "task.py").write_text(TASK)
+    LocalFleet(undisturbed).run(lambda entries: None)
+    reference = StudyState.of(read_journal(undisturbed.run_dir))
+    assert after.ranges == reference.ranges
+    for number, trial in after.trials.items():
+        assert trial.config == reference.trials[number].config
+        for row, known in zip(trial.curve, reference.trials[number].curve, strict=False):
+            assert row.metrics == known.metrics
+
+
+def test_launch_can_be_interrupted_in_every_way_and_goes_on(
+    project: Path, launched: Callable[..., subprocess.Popen[str]]
+) -> None:
+    def once(process: subprocess.Popen[str]) -> None:
+        os.killpg(process.pid, signal.SIGINT)
+
+    def twice(process: subprocess.Popen[str]) -> None:
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.3)
+        os.killpg(process.pid, signal.SIGINT)
+
+    def notice(process: subprocess.Popen[str]) -> None:
+        process.terminate()
+
+    def notice_to_all(process: subprocess.Popen[str]) -> None:
+        os.killpg(process.pid, signal.SIGTERM)
+
+    before = StudyState()
+    for n_epochs, interrupt in ((2, once), (8, twice), (14, notice), (20, notice_to_all)):
+        process = launched("--resume")
+        wait_until_trained(project, n_epochs, process)
+        interrupt(process)
+        code, err = ended(process, within_s=30)
+        assert code == 130, err
+        assert "Go on: hpsearch launch space.yaml" in err
+        assert "--resume" in err
+        assert "Traceback" not in err
+        assert "raylet" not in err
+        wait_until_unlocked(project)
+        state = state_of(project)
+        assert_kept(before, state)
+        before = state
+    code, err = ended(launched("--resume"), within_s=200)
+    assert code == 0, err
+    assert_kept(before, state_of(project))
+
+
+def wait_until_unlocked(project: Path) -> None:
+    deadline = time.monotonic() + 30
+    while is_locked(project / "runs" / "blobs"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_launch_whose_cluster_loses_its_head_ends_with_4_and_goes_on_with_another(
+    project: Path, launched: Callable[..., subprocess.Popen[str]]
+) -> None:
+    (project / "task.py").write_text(TASK.replace("def model(self, config):", VERY_SLOW_MODEL))
+    cluster = head()
+    try:
+        process = launched("--address", cluster.address)
+        wait_until_trained(project, 3, process)
+        for name in ("gcs_server", "raylet"):
+            for held in cluster.head_node.all_processes[name]:
+                held.process.kill()
+        code, err = ended(process, within_s=55)  # Ray itself would end it after 60, without a word of ours
+        assert code == 4, err
+        assert "hint: hpsearch launch --resume goes on from here" in err
+        assert "Traceback" not in err
+        wait_until_unlocked(project)
+        before = state_of(project)
+    finally:
+        cluster.shutdown()
+    cluster = head()
+    try:
+        process = launched("--address", cluster.address, "--resume")
+        wait_until_trained(project, before.n_epochs + 3, process)
+        os.killpg(process.pid, signal.SIGINT)
+        code, err = ended(process, within_s=30)
+    finally:
+        cluster.shutdown()
+    assert code == 130, err
+    assert_kept(before, state_of(project))
+
+
+def head() -> Any:
+    from ray.cluster_utils import Cluster
+
+    return Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
