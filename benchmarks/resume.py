@@ -175,6 +175,8 @@ def command(folder: Path, run_dir: Path, n_planned: int, fleet: str) -> dict[str
         [
             *(sys.executable, "-m", "hpsearch", "launch", "space.yaml", "--resume", "--fleet", fleet),
             *("--run-dir", str(run_dir), "--set", f"search.trials={n_planned}"),
+            # Nobody listens there: MLflow would be told of all these trials for the first time, which a resume is not.
+            *("--tracking-uri", "http://127.0.0.1:9"),
         ],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"},

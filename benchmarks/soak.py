@@ -282,7 +282,7 @@ def soak(
             "epochs": state.n_epochs,
             "jobs_given_out_again": sum(e.event.type == "returned" for e in entries),
             "workers_processes": sum(isinstance(e.event, Arrived) for e in entries),
-            "drivers": len(state.resumed_at),
+            "openings": len(state.resumed_at),
             "journal(bytes)": (study.run_dir / FILE_NAME).stat().st_size,
             "wall(s)": round(wall_s, 1),
         }

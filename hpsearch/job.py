@@ -168,8 +168,8 @@ class Result:
 
     ramp      {"losses": [float, …], "batch_size": int, "epochs": float}; shorter than `steps` when NaN ended it
     probe     {"losses": [float, …], "batch_size": int, "epochs": float}
-    train     {"checkpoint": ref | None, "best_checkpoint": ref | None, "resumable": bool}; None for the best: an
-              earlier job holds it. `epochs` beside `values` has the curve.
+    train     {"checkpoint": ref | None, "best_checkpoint": ref | None, "resumable": bool, "n_parameters": int}; None
+              for the best: an earlier job holds it. `epochs` beside `values` has the curve. So when it is "diverged".
     rebuild   {"best_checkpoint": ref}
     confirm   {"metrics": {…} of the ensemble split, "val": {…}, "epoch": int, "n_rows": int, "row_scores": ref}
     check     {"checks": [checks.Check as JSON, …]}

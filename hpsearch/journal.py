@@ -21,6 +21,7 @@ from io import FileIO
 from pathlib import Path
 from typing import IO
 
+from hpsearch.blobs import sync_folder
 from hpsearch.errors import JournalError, UsageError
 from hpsearch.events import Event, Opened, from_json, to_json
 from hpsearch.state import Entry
@@ -82,7 +83,10 @@ class Journal:
             _acquire(lock, run_dir, wait_s)
             path = run_dir / FILE_NAME
             try:
-                file = path.open("r+b" if path.exists() else "x+b", buffering=0)
+                is_new = not path.exists()
+                file = path.open("x+b" if is_new else "r+b", buffering=0)
+                if is_new:
+                    sync_folder(run_dir)
             except OSError as error:
                 raise UsageError(
                     f"the journal {path} cannot be written: {error.strerror}", hint="choose another --run-dir"

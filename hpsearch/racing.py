@@ -117,6 +117,17 @@ def next_run(
     return chosen.trial, begun[chosen.trial]
 
 
+def seed_spread(scores: Mapping[int, Sequence[float]]) -> float | None:
+    """Standard deviation between seeds of one config, pooled over configs; None where no config has two scores.
+
+    >>> round(seed_spread({3: [0.2, 0.4], 5: [0.6, 0.8]}), 3)
+    0.141
+    """
+    groups = [np.asarray(values, dtype=np.float64) for values in scores.values() if len(values)]
+    variance, _ = _pooled(groups)
+    return None if variance is None else math.sqrt(variance)
+
+
 def _pooled(groups: Sequence[FloatArray]) -> tuple[float | None, int]:
     """Variance within candidates, and its degrees of freedom; None where no candidate has two scores."""
     freedom = sum(len(values) - 1 for values in groups)

@@ -470,7 +470,12 @@ class MedianRule(_Ladder):
         return rung.ranking[rank][0] <= lower / 2 + upper / 2  # halved first: the sum of two floats may overflow
 
     def _reach(self, rung: _Rung, most: int) -> int:
-        return most if len(rung) <= MEDIAN_GRACE else (most - 1) // 2 + 1
+        if len(rung) <= MEDIAN_GRACE:
+            return most
+        reach = (most - 1) // 2 + 1
+        while most <= len(rung) and reach and not self._may_go_on(rung, reach - 1):
+            reach -= 1  # of those who are all there the median is known
+        return reach
 
     def _last_to_go_on(self, rung: _Rung, most: int) -> tuple[float, float]:
         value, _ = super()._last_to_go_on(rung, most)

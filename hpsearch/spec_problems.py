@@ -112,10 +112,6 @@ def _without_unbuilt(raw: Mapping[str, Any], report: _Report) -> dict[str, Any]:
     if section.get("type") == "hyperband":
         refuse(("early_stopping", "type"), "`type: hyperband`", "write type: asha, sha, median or none", at_key=False)
         del section["type"]
-    section = _section(kept, "preflight")
-    if section.get("enabled") is True:
-        refuse(("preflight", "enabled"), "`preflight`", "write enabled: false", at_key=False)
-        del section["enabled"]
     section = _section(kept, "finish")
     if section.get("enabled", bool(section)) is True:
         refuse(("finish",), "`finish`", "write enabled: false")

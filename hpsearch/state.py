@@ -417,6 +417,8 @@ class StudyState:
         match event.outcome:
             case "done" | "diverged":
                 self._take_checkpoints(trial, event)
+                size = event.values.get("n_parameters")
+                trial.n_parameters = size if isinstance(size, int) else trial.n_parameters
                 trial.diverged = event.outcome == "diverged"
             case "out_of_memory":
                 trial.out_of_memory += 1

@@ -81,6 +81,7 @@ class Study:
         self._lives: Counter[str] = Counter()  # how often a worker of this name has arrived
         self._arrivals: Counter[str] = Counter()  # since it last got as far as its data
         self._unkept: Counter[str] = Counter()  # results of a worker that do not count yet
+        self._suspects: set[str] = set()  # keys of jobs that shared a worker when its process died; given out singly
         # A failed job is given out again under its key, so a copy of the failure must be told from another failure.
         self._attempts = {e.event.attempt for e in journal.entries if isinstance(e.event, Finished)} - {""}
         self._crashes: list[Crash] = []
@@ -121,8 +122,7 @@ class Study:
         with self._changed:
             seat = self._state.seats.get(worker)
             if node == (seat.node if seat else ""):  # else its node has gone, which is no fault of the job's
-                for lease in self._held_by(worker):
-                    self._count_death(lease.key)
+                self._blame(worker)
             self._let_go(worker, "its worker was restarted")
             self._lives[worker] += 1
             self._arrivals[worker] += 1
@@ -237,8 +237,7 @@ class Study:
         """
         with self._changed:
             if blame_job:
-                for lease in self._held_by(worker):
-                    self._count_death(lease.key)
+                self._blame(worker)
             self._let_go(worker, reason)
             self._gone.add(worker)
             self._unheard.discard(worker)
@@ -314,14 +313,22 @@ class Study:
             return ()  # the trial in its memory may be told to go on
         if any(self._state.is_alone(lease.key) for lease in self._neighbours(worker)):
             return ()
+        held = self._held_by(worker) if self._suspects else []
+        if any(lease.key in self._suspects for lease in held):
+            return ()
         while len(jobs) < slots:
             job = self._next_job(worker)
             if job is None or (jobs and not _alike(jobs[0], job)):
                 break
             if self._state.is_alone(job.key) and (jobs or self._neighbours(worker)):
                 break  # it ran out of memory beside others: they end what they have, and nothing new is begun here
+            suspect = job.key in self._suspects
+            if suspect and (jobs or held):
+                break  # should this process die as well, there must be no doubt of what
             self._lease(job, worker)
             jobs.append(job)
+            if suspect:
+                break
         return tuple(jobs)
 
     def _neighbours(self, worker: str) -> list[Leased]:
@@ -397,6 +404,14 @@ class Study:
         for worker in workers:
             for stage in self._stages:
                 stage.lost(worker)
+
+    def _blame(self, worker: str) -> None:
+        """A process died by itself; of which of several jobs, nobody knows before each has had a process of its own."""
+        held = [lease.key for lease in self._held_by(worker) if lease.key not in self._pushed]
+        if len(held) == 1:
+            self._count_death(held[0])
+        else:
+            self._suspects.update(held)
 
     def _count_death(self, key: str) -> None:
         """A process died with this job in its hands; a job that keeps killing them is not given out for ever."""
@@ -499,6 +514,7 @@ class Study:
                     for stage in self._stages:
                         stage.lost(worker)
                 self._pushed.discard(result.key)
+                self._suspects.discard(result.key)
                 self._book.heard(result.key, self._clock())
                 self._book.end(result.key)
                 assert isinstance(entry.event, Finished)

@@ -42,6 +42,7 @@ class TrialRecord:
     best_objective: float | None = None  # minimised
     checkpoint: str | None = None  # weights and optimizer, to go on from
     best_checkpoint: str | None = None  # weights of the best epoch
+    n_parameters: int | None = None  # of its network; None before its first result
     best_ref: str | None = None  # the name that it has, or had while it was there
     missing: Missing | None = None  # why it is not there, though there was one
     leased: str | None = None  # key of the job in a worker's hands

@@ -132,6 +132,7 @@ def top(state: StudyState, k: int | None = None) -> list[dict[str, object]]:
             "state": str(trial.state),
             "epoch": trial.best_epoch if trial.best_epoch is not None else trial.epoch,
             "epochs_trained": trial.epoch,
+            "n_parameters": trial.n_parameters,
             "val": val_metrics(trial),
             "diagnosis": [str(said.finding) for said in findings(trial, known)],
         }

@@ -25,6 +25,7 @@ from tests import fakes
 SPACE = """
 name: mirrored
 task: task.py:Task
+preflight: {enabled: false}
 search: {trials: 27}
 parameters:
   lr: {distribution: log_uniform, min: 1e-5, max: 1.0, bounds_from: lr_range}

@@ -218,9 +218,9 @@ class _Holder:
     def end(self) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.communicate(timeout=10)  # closes the pipe
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
+        if self._process.poll() is None:  # it does not listen: with the first process the kernel ends all
+            os.kill(self.pid, signal.SIGKILL)
+            self._process.communicate()
 
 
 def _checked(command: Sequence[str], env: Mapping[str, str] | None = None, timeout_s: float = 120.0) -> str:

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from hpsearch.cli import UNBUILT, VERBS, run
+from hpsearch.events import Finished
+from hpsearch.journal import Journal
+from tests.test_verdict import SPEC, losses, opened, trained
 
 TASK = """
 import torch
@@ -29,6 +33,7 @@ class Blobs(hpsearch.Task):
 SPACE = """
 name: blobs
 task: task.py:Blobs
+preflight: {enabled: false}
 search: {trials: 8}
 parameters:
   lr: {distribution: log_uniform, min: 1e-4, max: 1.0, bounds_from: lr_range}
@@ -144,6 +149,72 @@ def test_top_is_a_table(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert out[0].split()[-1] == "diagnosis"
     assert out[4].startswith("8 trials: ")
     assert all(line.startswith(("note: ", "  hint: ")) for line in out[5:])
+
+
+def test_top_tells_the_smallest_models_that_are_as_good(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["top", "runs/blobs", "--smallest-within", "1se", "-k", "1000", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert list(told) == ["best", "within", "standard_error", "threshold", "trials"]
+    assert run(["top", "runs/blobs", "--json"]) == 0
+    assert told["best"] == json.loads(capsys.readouterr().out)["trials"][0]
+    assert told["best"]["n_parameters"] in (4 * 8 + 8 + 8 * 3 + 3, 4 * 16 + 16 + 16 * 3 + 3)
+    assert told["within"] == "1se"
+    assert told["threshold"] == pytest.approx(told["best"]["val"]["loss"] + told["standard_error"])
+    sizes = [(trial["n_parameters"], trial["val"]["loss"]) for trial in told["trials"]]
+    assert sizes == sorted(sizes)
+    assert told["best"] in told["trials"]
+    assert all(loss <= told["threshold"] for _, loss in sizes)
+
+    assert run(["top", "runs/blobs", "--smallest-within", "2se", "-k", "1"]) == 0
+    header, first, last = capsys.readouterr().out.splitlines()
+    assert header.split()[:5] == ["parameters", "trial", "state", "val_loss", "epoch"]
+    assert first.split()[0] == str(sizes[0][0])
+    assert f"within 2se of trial {told['best']['trial']}'s" in last
+
+
+@pytest.mark.parametrize("within", ["1sd", "-1se"])
+def test_top_refuses_what_is_no_number_of_standard_errors(
+    within: str, done: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["top", "runs/blobs", "--smallest-within", within]) == 2
+    assert capsys.readouterr().err == (
+        f"error[usage]: --smallest-within takes a number of standard errors (got '{within}')\n"
+        "  hint: write 1se, or 0.5se, or 2se\n"
+    )
+
+
+def test_top_says_what_has_to_be_measured_before_the_smallest_is_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def asked(name: str, spec: dict[str, object], *more: Finished) -> str:
+        journal = Journal.open(tmp_path / name)
+        for event in (opened(spec), *trained(0, losses(0.3)), *more):
+            journal.append(event)
+        journal.close()
+        assert run(["top", str(tmp_path / name), "--smallest-within", "1se"]) == 2
+        return capsys.readouterr().err
+
+    unknown = "error[usage]: the standard error of trial 0's val_loss is not known"
+    confirm = "  hint: write confirm: {seeds: 3} into space.yaml, whose stage measures it; then launch with --resume\n"
+    waiting = "  hint: wait for it, or go on with hpsearch launch --resume\n"
+    alone = {**SPEC, "ensemble": {"enabled": False}}
+    assert asked("a", SPEC) == f"{unknown} before stage ensemble has ended\n{waiting}"
+    assert asked("b", {**SPEC, "confirm": {"enabled": True}}) == f"{unknown} before stage confirm has ended\n{waiting}"
+    assert asked("c", alone) == f"{unknown}, and no stage of this study measures it\n{confirm}"
+    values = {"metrics": {"loss": 0.3}, "row_scores": "rows.safetensors"}
+    rows = Finished(key="evaluate/ensemble/0", worker="w", outcome="done", values=values)
+    (tmp_path / "d").mkdir()
+    save_file({"accuracy": np.ones(9)}, tmp_path / "d/rows.safetensors")
+    assert asked("d", SPEC, rows) == f"{unknown}: the metric is no mean over rows\n{confirm}"
+    assert "has a score and a known number of parameters" in nothing_trained(tmp_path / "e", capsys)
+
+
+def nothing_trained(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    journal = Journal.open(folder)
+    journal.append(opened())
+    journal.close()
+    assert run(["top", str(folder), "--smallest-within", "1se"]) == 2
+    return capsys.readouterr().err
 
 
 def test_status_tells_that_it_is_done(done: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import re
@@ -10,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,8 @@ def local() -> dict[str, Any]:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 def test_cluster_of_ones_own_hosts_is_valid_by_rays_schema(local: dict[str, Any]) -> None:
     [node] = validated(local)["available_node_types"].values()
-    assert node["min_workers"] == node["max_workers"] == len(local["provider"]["worker_ips"])
+    n_hosts = len(local["provider"]["worker_ips"])
+    assert local["min_workers"] == local["max_workers"] == node["min_workers"] == node["max_workers"] == n_hosts
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
@@ -207,7 +209,8 @@ FAKES = {
     "scontrol": "printf '%s\\n' node1 node2 node3",
     "hostname": 'case "$1" in -I) echo "10.0.0.1 192.168.0.1";; *) echo node1;; esac',
     "timeout": 'shift; exec "$@"',
-    "python": 'case "$1" in -c) printf %064d 0;; *) cat > /dev/null; echo "await $3" >> "$CALLS";; esac',
+    "python": 'case "$1" in -c) printf %064d 0;; *) cat > /dev/null; echo "await $3" >> "$CALLS"\n'
+    'while [ "$(grep -c "^ray token" "$CALLS")" -lt "$3" ]; do sleep 0.05; done;; esac',
     "hpsearch": 'echo "hpsearch $*" >> "$CALLS"; trap "echo hpsearch-interrupted >> $CALLS; exit 130" TERM\n'
     'i=0; while [ $i -lt "${STUDY_TENTHS:-3}" ]; do sleep 0.1; i=$((i+1)); done; exit "${STUDY_CODE:-0}"',
 }
@@ -233,15 +236,31 @@ def allocation(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def batch(allocation: Mapping[str, str], *arguments: str, **env: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        ["bash", str(SBATCH), *arguments],
-        env={**allocation, **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+Batch = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def batch(allocation: Mapping[str, str]) -> Iterator[Batch]:
+    """Runs the script with arguments and further environment; nothing of it outlives the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*arguments: str, **env: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            ["bash", str(SBATCH), *arguments],
+            env={**allocation, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def calls(allocation: Mapping[str, str]) -> list[str]:
@@ -249,13 +268,14 @@ def calls(allocation: Mapping[str, str]) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def test_batch_script_starts_ray_on_every_node_launches_and_ends_it(allocation: dict[str, str]) -> None:
-    process = batch(allocation, "space.yaml", "--set", "search.trials=8", STUDY_CODE="3")
+def test_batch_script_starts_ray_on_every_node_launches_and_ends_it(allocation: dict[str, str], batch: Batch) -> None:
+    process = batch("space.yaml", "--set", "search.trials=8", STUDY_CODE="3")
     _, err = process.communicate(timeout=30)
     assert process.returncode == 3, err  # the study's own
     told = calls(allocation)
     starts = [line for line in told if line.startswith("srun")]
-    assert [re.findall(r"--nodelist=(\S+)", line)[0] for line in starts] == ["node1", "node2", "node3"]
+    starts.sort(key=lambda line: re.findall(r"--nodelist=(\S+)", line))
+    assert [re.findall(r"--nodelist=(\S+)", line) for line in starts] == [["node1"], ["node2"], ["node3"]]
     port = 20000 + 98765 % 20000
     assert f"--head --node-ip-address=10.0.0.1 --port={port}" in starts[0]
     assert "--include-dashboard=false" in starts[0]
@@ -264,16 +284,16 @@ def test_batch_script_starts_ray_on_every_node_launches_and_ends_it(allocation: 
     assert told.count("ray token=64") == 3
     assert not any("0" * 64 in line for line in told)  # the token is on nobody's command line
     launch = f"hpsearch launch space.yaml --set search.trials=8 --address 10.0.0.1:{port} --resume"
-    assert told.index("await 1") < told.index(starts[1])
+    assert told.index("await 1") < min(told.index(start) for start in starts[1:])
     assert told.index("await 3") < told.index(launch)
     assert told.count("ray-ended") == 3
     check_hpsearch(shlex.split(launch))
 
 
 def test_signal_before_the_time_limit_reaches_the_study_which_keeps_what_is_finished(
-    allocation: dict[str, str],
+    allocation: dict[str, str], batch: Batch
 ) -> None:
-    process = batch(allocation, "space.yaml", STUDY_TENTHS="200")
+    process = batch("space.yaml", STUDY_TENTHS="200")
     deadline = time.monotonic() + 30
     while not any(line.startswith("hpsearch") for line in calls(allocation)):
         assert time.monotonic() < deadline
@@ -286,8 +306,8 @@ def test_signal_before_the_time_limit_reaches_the_study_which_keeps_what_is_fini
     assert calls(allocation).count("ray-ended") == 3
 
 
-def test_batch_script_without_a_space_says_how_to_call_it(allocation: dict[str, str]) -> None:
-    process = batch(allocation)
+def test_batch_script_without_a_space_says_how_to_call_it(allocation: dict[str, str], batch: Batch) -> None:
+    process = batch()
     _, err = process.communicate(timeout=30)
     assert process.returncode == 2
     assert "usage: sbatch docs/slurm.sbatch space.yaml" in err

@@ -20,6 +20,7 @@ from tests import fakes
 SPACE = """
 name: confirmed
 task: task.py:Task
+preflight: {enabled: false}
 search: {trials: 9}
 parameters:
   lr: {distribution: log_uniform, min: 1e-4, max: 1.0}

@@ -29,6 +29,7 @@ from tests import fakes
 SPACE = """
 name: edited
 task: task.py:Task
+preflight: {enabled: false}
 seed: 3
 search: {trials: 9}
 parameters:

@@ -387,6 +387,7 @@ def test_resume_with_the_same_settings_leaves_the_choice_as_it_is() -> None:
 SPACE = """
 name: whole
 task: task.py:Task
+preflight: {enabled: false}
 search: {trials: 9}
 parameters:
   lr: {distribution: log_uniform, min: 1e-4, max: 1.0}

@@ -55,6 +55,7 @@ class Blobs(hpsearch.Task):
 SPACE = """
 name: blobs
 task: task.py:Blobs
+preflight: {enabled: false}
 search: {trials: 9}
 parameters:
   lr: {distribution: log_uniform, min: 1e-4, max: 1.0, bounds_from: lr_range}
@@ -351,6 +352,7 @@ def require_the_same_in_mlflow(store: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_launch_killed_in_every_stage_gives_the_study_that_nobody_killed(
     tmp_path: Path, store: Path, forked: Callable[[Path], Launches]
 ) -> None:
@@ -361,6 +363,7 @@ def test_launch_killed_in_every_stage_gives_the_study_that_nobody_killed(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("rule", "kills"),
     [
@@ -380,6 +383,7 @@ def test_launch_killed_many_times_gives_the_study_that_nobody_killed(
 FAKED = """
 name: cut
 task: task.py:Task
+preflight: {enabled: false}
 search: {trials: 9}
 parameters:
   lr: {distribution: log_uniform, min: 1e-4, max: 1.0, bounds_from: lr_range}

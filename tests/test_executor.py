@@ -218,6 +218,7 @@ def test_the_best_epoch_has_its_weights_kept_apart_from_the_last() -> None:
         "checkpoint": "checkpoints/trial-0017-e0003.safetensors",
         "best_checkpoint": "checkpoints/trial-0017-best-e0002.safetensors",
         "resumable": True,
+        "n_parameters": 6 * 16 + 16 + 2 * 16 + 16 * 3 + 3,
     }
     best = unpack(result.blobs[checkpoint_ref(17, 2, best=True)], ref="x")
     assert (best.epoch, best.resumable, best.seed) == (2, False, 5)
@@ -249,6 +250,7 @@ def test_a_metric_to_maximize_keeps_the_largest() -> None:
 def test_a_trial_that_diverges_keeps_its_curve_and_its_best_weights() -> None:
     result = scripted(3.0, 2.0, float("nan"), 1.0)
     assert (result.outcome, result.message, result.values["epoch"]) == ("diverged", "val_loss is nan", 3)
+    assert result.values["n_parameters"] == scripted(3.0).values["n_parameters"]
     assert [row.metrics["val_loss"] for row in result.epochs] == [3.0, 2.0]
     assert result.values["checkpoint"] is None
     assert result.values["best_checkpoint"] == checkpoint_ref(17, 2, best=True)
@@ -403,6 +405,25 @@ def test_when_asked_to_stop_it_ends_between_epochs_without_a_result() -> None:
     worker = executor(should_stop=lambda: len(study.progress) == 2)
     assert study.run(worker, train(0, 9), train(0, 9, trial=3)) == []
     assert study.progress == [("train/17/0-9", 1), ("train/17/0-9", 2)]
+
+
+def test_jobs_of_every_kind_say_between_their_batches_that_they_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpsearch.training.executor.ALIVE_S", 0.0)
+    study, worker = Study(), executor()
+    trained = study.one(worker, train(0, 2, {"batch_size": 25}))
+    told = list(study.progress)
+    assert {key for key, _ in told} == {"train/17/0-2"}
+    assert told == sorted(told)
+    assert told.count(("train/17/0-2", 0)) > 1  # within the first epoch
+    assert told.count(("train/17/0-2", 1)) > 2  # at its end, and within the second
+    member = Member(trial=17, config={}, checkpoint=str(trained.values["checkpoint"]))
+    for job in (
+        RampJob(key="ramp/0", config={"batch_size": 25}, seed=3, lr_min=1e-5, lr_max=0.1, steps=5),
+        ProbeJob(key="probe/0", config={"batch_size": 25, "lr": 0.1}, seed=3, steps=5),
+        EvaluateJob(key="evaluate/val/17", members=(member,), split="val", keep_predictions=False),
+    ):
+        study.one(worker, job)
+        assert study.progress[-1] == (job.key, 0)
 
 
 # LR range
@@ -609,6 +630,7 @@ def test_a_fit_without_state_is_kept_alive_for_its_next_job() -> None:
         "checkpoint": None,
         "best_checkpoint": "checkpoints/trial-0017-best-e0002.safetensors",
         "resumable": False,
+        "n_parameters": 195,
     }
     second = study.one(worker, train(2, 3))
     assert task.log == ["trial 17 starts at 0"]

@@ -54,6 +54,7 @@ class Blobs(hpsearch.Task):
 SLOW_SPACE = """
 name: blobs
 task: task.py:Blobs
+preflight: {enabled: false}
 search: {trials: 12}
 parameters:
   lr: {distribution: log_uniform, min: 1e-4, max: 1.0}
@@ -130,6 +131,7 @@ def test_two_launches_at_the_same_instant_make_one_study(project: Path) -> None:
 CLOCKED = """
 name: clocked
 task: task.py:Task
+preflight: {enabled: false}
 search: {trials: 9}
 parameters:
   lr: {distribution: log_uniform, min: 1e-4, max: 1.0}
@@ -282,6 +284,7 @@ ILLNESSES = ("loss", "infinite loss", "gradient", "infinite gradient", "buffer",
 NAN_SPACE = f"""
 name: ward
 task: task.py:Ward
+preflight: {enabled: false}
 search: {{trials: 24}}
 parameters:
   lr: {{distribution: log_uniform, min: 1e-3, max: 1e-1}}
@@ -380,6 +383,7 @@ class Blobs(hpsearch.Task):
 RAISING_SPACE = """
 name: raising
 task: task.py:Blobs
+preflight: {enabled: false}
 search: {trials: 9}
 parameters:
   lr: {distribution: log_uniform, min: 1e-3, max: 1e-1}

@@ -30,6 +30,7 @@ from tests import fakes
 SPACE = """
 name: keeping
 task: task.py:Task
+preflight: {enabled: false}
 search: {trials: 27}
 parameters:
   lr: {distribution: log_uniform, min: 1e-4, max: 1.0}

@@ -27,6 +27,7 @@ from tests import fakes
 SPACE = """
 name: memory
 task: task.py:Task
+preflight: {enabled: false}
 search: {trials: 6}
 parameters:
   lr: {min: 0.01, max: 0.1}

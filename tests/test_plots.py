@@ -14,13 +14,16 @@ from matplotlib.figure import Figure
 from hpsearch.lr_curve import ramp_lrs
 from hpsearch.report import plots
 from hpsearch.report.plots import (
+    BaselineLine,
     CurvePlot,
     LrRangePlot,
     ParameterPlot,
     SearchPoint,
+    SizePoint,
     ensemble_figure,
     learning_curves_figure,
     lr_range_figure,
+    pareto_figure,
     search_figure,
 )
 
@@ -213,7 +216,152 @@ def test_search_figure_never_names_a_diverged_trial_the_best(drawn: list[Figure]
     assert legend_of(drawn[0])[0] == "best: trial 0, 0.5"
 
 
+# Baselines
+
+NEAR = [BaselineLine(label="ignoring the inputs", value=1.3), BaselineLine(label="human", value=0.08)]
+
+
+def flat(figure: Figure, panel: int = 0) -> list[float]:
+    """Where a panel has horizontal baselines."""
+    return [float(line.get_ydata()[0]) for line in figure.axes[panel].lines if line.get_color() == plots.BROWN]  # type: ignore[index]
+
+
+def test_near_baselines_are_lines_below_the_curves_each_named_and_inside_the_axis(drawn: list[Figure]) -> None:
+    learning_curves_figure(curves(), metric="val_loss", baselines=NEAR)
+    panel = drawn[0].axes[0]
+    assert flat(drawn[0]) == [1.3, 0.08]
+    assert {"ignoring the inputs: 1.3", "human: 0.08"} <= set(legend_of(drawn[0]))
+    lines = [line for line in panel.lines if line.get_color() == plots.BROWN]
+    assert max(line.get_zorder() for line in lines) < min(
+        line.get_zorder() for line in panel.lines if len(line.get_xdata()) > 2
+    )
+    assert len({str(line.get_linestyle()) + str(line._unscaled_dash_pattern) for line in lines}) == 2  # type: ignore[attr-defined]
+    bottom, top = panel.get_ylim()
+    assert bottom < 0.08 < 1.3 < top
+    assert [text.get_text() for text in panel.texts] == []
+
+
+def straight(values: list[float]) -> list[CurvePlot]:
+    return [CurvePlot(trial=i, state="complete", epochs=[1, 2], values=[v, v]) for i, v in enumerate(values)]
+
+
+def test_axis_grows_for_a_baseline_as_long_as_the_curves_keep_most_of_it(drawn: list[Figure]) -> None:
+    values = [0.90 + i / 100 for i in range(11)]
+    learning_curves_figure(straight(values), metric="val_loss")
+    alone = drawn[0].axes[0].get_ylim()
+    learning_curves_figure(straight(values), metric="val_loss", baselines=[BaselineLine(label="near", value=1.05)])
+    bottom, top = drawn[1].axes[0].get_ylim()
+    assert bottom == alone[0]
+    assert alone[1] < 1.05 < top < 1.07
+
+
+@pytest.mark.parametrize(
+    ("goal", "far"), [("minimize", 2.3), ("minimize", -50.0), ("maximize", 3.0), ("maximize", -9.0)]
+)
+def test_far_baseline_leaves_the_axis_alone_and_is_named_at_the_edge_beyond_which_it_lies(
+    drawn: list[Figure], goal: plots.Goal, far: float
+) -> None:
+    values = [0.90 + i / 100 for i in range(11)]
+    learning_curves_figure(straight(values), metric="val_x", goal=goal)
+    learning_curves_figure(
+        straight(values), metric="val_x", goal=goal, baselines=[BaselineLine(label="a linear model", value=far)]
+    )
+    panel = drawn[1].axes[0]
+    assert panel.get_ylim() == drawn[0].axes[0].get_ylim()
+    assert flat(drawn[1]) == []
+    (note,) = panel.texts
+    assert note.get_text() == f"{'↑' if far > 1 else '↓'} a linear model: {far:g}"
+    assert (note.get_position()[1] > 0.5) == (far > 1)
+    # Curves begin at the worse end of the axis on the left, and end at the better one on the right.
+    assert (note.get_position()[0] > 0.5) == ((far > 1) == (goal == "minimize"))
+
+
+def test_far_baselines_on_one_side_and_a_count_of_values_beyond_do_not_lie_on_each_other(drawn: list[Figure]) -> None:
+    lines = [BaselineLine(label="one", value=40.0), BaselineLine(label="two", value=1e300)]
+    learning_curves_figure(straight([*[1 + t / 50 for t in range(50)], 1e9]), metric="val_loss", baselines=lines)
+    count, note = drawn[0].axes[0].texts
+    assert (count.get_text(), note.get_text()) == ("2 values beyond the axis", "↑ one: 40\n↑ two: 1e+300")
+    assert note.get_position()[1] < count.get_position()[1] - 0.04
+
+
+def test_baseline_that_a_log_axis_has_no_place_for_is_named_below_it(drawn: list[Figure]) -> None:
+    lines = [BaselineLine(label="perfect", value=0.0), BaselineLine(label="unknown", value=math.nan)]
+    learning_curves_figure(straight([10.0**-i for i in range(6)]), metric="val_loss", baselines=lines)
+    assert drawn[0].axes[0].get_yscale() == "log"
+    assert [text.get_text() for text in drawn[0].axes[0].texts] == ["↓ perfect: 0"]
+
+
+def test_search_figure_has_baselines_in_every_panel_and_names_far_ones_once(drawn: list[Figure]) -> None:
+    lines = [BaselineLine(label="human", value=0.12), BaselineLine(label="far", value=900.0)]
+    names = ("lr", "optimizer", "width")
+    search_figure(points(), [ParameterPlot(name=n, log=n == "lr") for n in names], metric="val_loss", baselines=lines)
+    assert [flat(drawn[0], panel) for panel in range(3)] == [[0.12]] * 3
+    assert legend_of(drawn[0]).count("human: 0.12") == 1
+    assert [len(panel.texts) for panel in drawn[0].axes] == [1, 0, 0]
+    assert len({panel.get_ylim() for panel in drawn[0].axes}) == 1
+
+
+def test_ensemble_figure_has_the_baseline_of_its_own_unit(drawn: list[Figure]) -> None:
+    lines = [BaselineLine(label="ignoring the inputs", value=2.3)]
+    ensemble_figure([0.2, 0.15], best_round=2, single_score=0.2, baselines=lines)
+    assert [text.get_text() for text in drawn[0].axes[0].texts] == ["↑ ignoring the inputs: 2.3"]
+    assert drawn[0].axes[0].get_ylim()[1] < 0.3
+
+
+def test_legend_is_no_wider_than_the_figure(drawn: list[Figure]) -> None:
+    lines = [BaselineLine(label=f"number {i} of the published results", value=0.1 + i / 10) for i in range(4)]
+    learning_curves_figure(curves(), metric="val_loss", baselines=lines)
+    (legend,) = drawn[0].legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= drawn[0].bbox.width
+
+
+# Score against size
+
+SIZES = [
+    SizePoint(trial=0, state="complete", value=0.3, n_parameters=1_000),
+    SizePoint(trial=1, state="complete", value=0.2, n_parameters=20_000),
+    SizePoint(trial=2, state="stopped", value=0.4, n_parameters=20_000),
+    SizePoint(trial=3, state="diverged", value=None, n_parameters=90_000),
+    SizePoint(trial=4, state="failed", value=math.nan, n_parameters=0),
+]
+
+
+def test_pareto_figure_marks_the_front_the_best_and_the_smallest_that_is_as_good(drawn: list[Figure]) -> None:
+    lines = [BaselineLine(label="a linear model", value=0.35)]
+    size_of(pareto_figure(SIZES, front=[0, 1], smallest=0, threshold=0.31, metric="val_loss", baselines=lines))
+    panel = drawn[0].axes[0]
+    assert (panel.get_xlabel(), panel.get_ylabel()) == ("parameters (log scale)", "val_loss (lower is better)")
+    assert panel.get_xscale() == "log"
+    assert flat(drawn[0]) == [0.35]
+    stairs = [line for line in panel.lines if line.get_drawstyle() == "steps-post" and len(line.get_xdata())]
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in stairs] == [([1_000, 20_000], [0.3, 0.2])]
+    assert set(legend_of(drawn[0])) == {
+        "best: trial 1, 0.2",
+        "complete",
+        "stopped",
+        "diverged, no value",
+        "failed, no value",
+        "a linear model: 0.35",
+        "no smaller one is better",
+        "one standard error",
+        "smallest within it: trial 0",
+    }
+
+
+def test_pareto_figure_without_a_known_error_or_a_sound_trial_marks_neither(drawn: list[Figure]) -> None:
+    size_of(pareto_figure(SIZES, front=[0, 1], metric="val_accuracy", goal="maximize"))
+    assert not [label for label in legend_of(drawn[0]) if "smallest within" in label or "error" in label]
+    size_of(pareto_figure(SIZES[3:], front=[], metric="val_loss"))
+    size_of(pareto_figure([SizePoint(trial=0, state="odd", value=1e308, n_parameters=10**12)], front=[0], metric="m"))
+
+
 def test_figures_without_anything_to_draw_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one trial"):
+        pareto_figure([], front=[], metric="val_loss")
+    with pytest.raises(ValueError, match=r"no value is known of trials \[3\]"):
+        pareto_figure(SIZES, front=[0, 3], metric="val_loss")
     with pytest.raises(ValueError, match="at least one branch"):
         lr_range_figure([])
     with pytest.raises(ValueError, match="at least one parameter"):

@@ -689,3 +689,81 @@ def test_synchronous_rung_waits_for_a_restored_trial_that_has_not_come_to_it() -
     assert rule.promotable() is None
     rule.record(3, 2, 0.4)
     assert trials_of(take_promotable(rule)) == [0, 1]
+
+
+# Who may yet go on
+
+
+def ask(rule: StoppingRule, trial: int, epoch: int, value: float, n_trials: int, end_game: int = 0) -> bool:
+    return rule.may_yet_go_on(trial, epoch, value, n_trials=n_trials, end_game=end_game)
+
+
+def test_paused_trial_may_go_on_as_long_as_enough_worse_ones_can_come() -> None:
+    rule = RULES["asha"](9)
+    record_all(rule, [0.1, 0.2, 0.3, 0.4])
+    assert [ask(rule, trial, 1, value, 9) for trial, value in enumerate([0.1, 0.2, 0.3, 0.4])] == [True] * 3 + [False]
+    assert [ask(rule, trial, 1, value, 8) for trial, value in enumerate([0.1, 0.2, 0.3, 0.4])] == [True] * 2 + [
+        False
+    ] * 2
+    rule.withdraw(7)  # before it came: one fewer to be better than
+    assert not ask(rule, 2, 1, 0.3, 9)
+    assert not ask(rule, 7, 1, 0.0, 9)
+
+
+def test_trial_that_is_about_to_come_is_judged_as_if_it_were_there() -> None:
+    rule = RULES["asha"](6)
+    record_all(rule, [0.2, 0.4, 0.6])
+    assert [ask(rule, 5, 1, value, 6) for value in (0.1, 0.3, 0.5, 0.7)] == [True, True, False, False]
+
+
+def test_end_game_takes_the_best_of_the_highest_rungs() -> None:
+    rule = RULES["sha"](9)
+    record_all(rule, [0.1 * (trial + 1) for trial in range(9)])
+    for trial in (0, 1, 2):
+        rule.promote(trial, 1)
+        rule.record(trial, 3, 0.1 * (trial + 1))
+    assert [ask(rule, trial, 3, 0.1 * (trial + 1), 9, end_game=2) for trial in range(3)] == [True, True, False]
+    assert [ask(rule, trial, 1, 0.1 * (trial + 1), 9, end_game=5) for trial in range(3, 9)] == [True] * 2 + [False] * 4
+
+
+def test_equal_values_wait_for_the_median_together() -> None:
+    rule = RULES["median"](9)
+    record_all(rule, [0.5] * 9)
+    assert all(ask(rule, trial, 1, 0.5, 9) for trial in range(9))
+
+
+@every_pausing_rule
+@given(seed=st.integers(0, 10**6), n_trials=st.integers(1, 30))
+def test_who_may_not_go_on_any_more_never_does(
+    new_rule: Callable[[int], StoppingRule], seed: int, n_trials: int
+) -> None:
+    """A search in random order, with trials that diverge; whoever was given up once is never asked for again."""
+    rng = random.Random(seed)
+    rule = new_rule(n_trials)
+    undrawn = [*range(n_trials)]
+    running: list[tuple[int, int]] = []  # trial, epoch that it trains to
+    waiting: dict[int, int] = {}  # paused trial -> epoch
+    best: defaultdict[int, float] = defaultdict(lambda: math.inf)
+    given_up: set[int] = set()
+    while undrawn or running or rule.promotable() is not None:
+        promotion = rule.promotable()
+        if promotion is not None and rng.random() < 0.7:
+            assert promotion.trial not in given_up
+            rule.promote(promotion.trial, promotion.from_epoch)
+            del waiting[promotion.trial]
+            running.append((promotion.trial, promotion.to_epoch))
+        elif undrawn and rng.random() < 0.5:
+            running.append((undrawn.pop(0), rule.first_target))
+        elif running:
+            trial, epoch = running.pop(rng.randrange(len(running)))
+            if rng.random() < 0.1:
+                rule.withdraw(trial)
+            else:
+                value = best[trial] = min(best[trial], rng.choice([0.1, 0.2, rng.random(), trial / 10, -trial / 10]))
+                hopeful = epoch < 27 and ask(rule, trial, epoch, value, n_trials)
+                rule.record(trial, epoch, value)
+                if epoch < 27:
+                    waiting[trial] = epoch
+                    assert hopeful or not ask(rule, trial, epoch, value, n_trials)
+        given_up |= {trial for trial, epoch in waiting.items() if not ask(rule, trial, epoch, best[trial], n_trials)}
+    assert waiting.keys() <= given_up  # nobody is kept for nothing when all is over

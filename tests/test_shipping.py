@@ -75,6 +75,8 @@ def test_equal_folders_make_equal_archives(folder: Path, tmp_path: Path) -> None
     second, again = pack(folder, tmp_path / "b")
     assert archive.read_bytes() == again.read_bytes()
     assert first == second
+    with zipfile.ZipFile(archive) as packed:
+        assert {entry.date_time[0] for entry in packed.infolist()} == {1980}
 
 
 def test_rayignore_leaves_out_more_and_takes_back(folder: Path, tmp_path: Path) -> None:

@@ -96,12 +96,14 @@ def test_name_task_and_parameters_are_enough_and_the_rest_has_defaults() -> None
         "seed": 0,
         "search": {"method": "sobol", "trials": 64},
         "parameters": {"depth": {"min": 1, "max": 3}},
-        "preflight": {"enabled": False},
+        "preflight": {"enabled": True, "allow": []},
         "lr_range": {"enabled": True, "per": None, "min": 1e-5, "max": 10.0, "steps": 100, "seeds": 5},
         "early_stopping": {
             "enabled": True, "type": "asha", "min_epochs": 1, "max_epochs": 27, "reduction_factor": 3,
         },
         "finish": {"enabled": False, "trials": 8, "extra_epochs": 9},
+        "baselines": {},
+        "confirm": {"enabled": False, "trials": 3, "seeds": 3},
         "ensemble": {"enabled": True, "pool": 20, "size": 5},
         "resources": {"cpus": 1.0, "gpus": 0.0, "custom": {}, "lanes": "auto", "threads": 1},
         "budget": {"hours": None, "gpu_hours": None, "epochs": None, "disk": None},
@@ -112,9 +114,9 @@ def test_name_task_and_parameters_are_enough_and_the_rest_has_defaults() -> None
 
 
 def test_every_stage_can_be_switched_off() -> None:
-    stages = ("preflight", "lr_range", "early_stopping", "finish", "ensemble")
+    stages = ("preflight", "lr_range", "early_stopping", "finish", "confirm", "ensemble")
     spec = parse_spec(SMALL + "".join(f"{stage}: {{enabled: false}}\n" for stage in stages))
-    assert [getattr(spec, stage).enabled for stage in stages] == [False] * 5
+    assert [getattr(spec, stage).enabled for stage in stages] == [False] * 6
     assert spec.early_stopping.rule == "none"
 
 
@@ -205,7 +207,8 @@ def test_overrides_change_add_and_are_checked_like_the_file() -> None:
         "error[ensemble-size]: --set ensemble.size: `ensemble` needs size <= pool (got size=30, pool=20)"
         "\n  hint: members come from the pool",
         "error[unknown-key]: --set serch.trials: `serch` is not a key of space.yaml (known: name, task, metric, metrics, seed, "
-        "search, parameters, preflight, lr_range, early_stopping, finish, ensemble, resources, budget, mlflow, storage, shuffle)"
+        "search, parameters, preflight, lr_range, early_stopping, finish, baselines, confirm, ensemble, resources, "
+        "budget, mlflow, storage, shuffle)"
         "\n  hint: did you mean search?",
     ]
 
@@ -251,10 +254,9 @@ def test_grid_is_refused_with_the_reason() -> None:
 
 def test_the_contracts_later_keys_answer_not_built_yet() -> None:
     assert problems(CONTRACT) == [
-        "error[not-built-yet]: space.yaml:14:22: `preflight` is not built yet\n  hint: write enabled: false",
         "error[not-built-yet]: space.yaml:17:1: `finish` is not built yet\n  hint: write enabled: false",
     ]
-    assert parse_spec(CONTRACT, overrides=["preflight.enabled=false", "finish.enabled=false"]).finish.trials == 8
+    assert parse_spec(CONTRACT, overrides=["finish.enabled=false"]).finish.trials == 8
 
 
 @pytest.mark.parametrize(
@@ -262,7 +264,7 @@ def test_the_contracts_later_keys_answer_not_built_yet() -> None:
     [
         *(
             (f"{key}: {{}}", f"space.yaml:5:1: `{key}` is not built yet\n  hint: leave it out")
-            for key in ("baseline", "baselines", "confirm", "evaluate", "distill", "precision")
+            for key in ("baseline", "evaluate", "distill", "precision")
         ),
         (
             "early_stopping: {type: hyperband}",
@@ -323,8 +325,8 @@ def test_what_comes_later_says_so(lines: str, message: str) -> None:
         (
             "n_trials: 3",
             "error[unknown-key]: space.yaml:5:1: `n_trials` is not a key of space.yaml (known: name, task, metric, "
-            "metrics, seed, search, parameters, preflight, lr_range, early_stopping, finish, ensemble, resources, budget, "
-            "mlflow, storage, shuffle)\n  hint: Optuna's n_trials is called trials here, under `search`",
+            "metrics, seed, search, parameters, preflight, lr_range, early_stopping, finish, baselines, confirm, "
+            "ensemble, resources, budget, mlflow, storage, shuffle)\n  hint: Optuna's n_trials is called trials here, under `search`",
         ),
         (
             "search: {max_t: 3}",

@@ -34,6 +34,7 @@ from tests import fakes
 SPACE = """
 name: leases
 task: task.py:Task
+preflight: {enabled: false}
 search: {trials: 9}
 parameters:
   lr: {distribution: log_uniform, min: 1e-4, max: 1.0}
@@ -376,6 +377,29 @@ def test_job_that_keeps_killing_its_process_is_crashed_not_given_out_for_ever(ma
     assert trial.message.startswith("the worker's process died 3 times in this job")
 
 
+def test_jobs_that_shared_a_process_which_died_are_given_out_singly_until_it_is_known_which_it_was(
+    make: Callable[..., Study],
+) -> None:
+    study = make("preflight.enabled=false")
+    study.hello("w", INFO)
+    jobs = study.pull("w", 4).jobs
+    deadly = jobs[2]
+    assert isinstance(deadly, TrainJob)
+    n_together = []
+    while not study.state.trials[deadly.trial].failed:
+        if deadly in jobs:
+            n_together.append(len(jobs))
+            assert n_together == [4] or study.pull("w", 4).jobs == ()  # not even asked for ahead
+            study.lost("w", "its process died", blame_job=True)
+            study.arriving("w", "node", 1)
+            study.hello("w", INFO)
+        else:
+            study.push("w", [answer(job) for job in jobs])
+        jobs = study.pull("w", 4).jobs
+    assert set(n_together[1:]) == {1}
+    assert all(trial.crashes == 0 for trial in study.state.trials.values() if trial.number != deadly.trial)
+
+
 def take_or_same(study: Study, job: TrainJob) -> TrainJob:
     """The job in the worker's hands, taken again when it was returned."""
     return job if job.key in study.state.leases else take(study, "w")
@@ -563,7 +587,7 @@ def test_budget_waits_for_what_is_running(make: Callable[..., Study]) -> None:
     study.hello("w", INFO)
     first, second = study.pull("w", slots=2).jobs
     study.push("w", [answer(first)])
-    assert study.pull("w").jobs == ()
+    assert not any(isinstance(job, TrainJob) for job in study.pull("w").jobs)
     assert not study.state.search_ended
     study.push("w", [answer(second)])
     assert study.state.search_ended
@@ -588,7 +612,7 @@ def test_epochs_in_workers_hands_count_towards_the_budget(make: Callable[..., St
     study = make(budget=Budget(epochs=3))
     study.hello("a", INFO)
     jobs = [take(study, name) for name in ("a", "b", "c")]
-    assert study.pull("d").jobs == ()
+    assert not any(isinstance(job, TrainJob) for job in study.pull("d").jobs)
     for name, job in zip(("a", "b", "c"), jobs, strict=True):
         study.push(name, [answer(job)])
     assert study.state.n_epochs == 3
@@ -731,6 +755,8 @@ def test_worker_that_waits_is_woken_by_the_result_it_waits_for(tmp_path: Path) -
     study = open_study(tmp_path, spec, make_sampler=fakes.make_sampler, wait_s=0)
     study.hello("a", INFO)
     job = take(study, "a")
+    while beside := study.pull("c").jobs:  # the baselines, which nobody has to wait for
+        study.push("c", [answer(other) for other in beside])
     given: list[Job] = []
     waiting = threading.Thread(target=lambda: given.extend(study.pull("b", timeout_s=20.0).jobs))
     waiting.start()
@@ -745,6 +771,7 @@ def test_worker_that_waits_is_woken_by_the_result_it_waits_for(tmp_path: Path) -
 SMALL = """
 name: small
 task: task.py:Task
+preflight: {enabled: false}
 search: {trials: 5}
 parameters:
   lr: {distribution: log_uniform, min: 1e-4, max: 1.0, bounds_from: lr_range}

@@ -75,7 +75,7 @@ def test_what_kept_the_study_from_being_opened_is_raised(process: Process) -> No
     pulse = Pulse(process, clock=Clock())
     pulse.check()
     process.answers = [JournalError("journal.jsonl:7: the line is damaged")]
-    with pytest.raises(JournalError, match="journal.jsonl:7"):
+    with pytest.raises(JournalError, match=r"journal\.jsonl:7"):
         pulse.check()
 
 

@@ -326,8 +326,10 @@ def test_dashboard_that_never_answers_is_left(
     monkeypatch.setattr(submission, "ANSWER_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         address = f"http://127.0.0.1:{mute.getsockname()[1]}"
+        began = time.monotonic()
         code, err = launch_at(address, capsys)
     assert code == 4
+    assert time.monotonic() - began < 8
     assert f"the dashboard at {address} does not answer within" in err
 
 

@@ -9,7 +9,11 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import signal
 import socket
+import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +27,7 @@ from hpsearch.cli import run
 from hpsearch.journal import FILE_NAME, read_journal
 from hpsearch.state import StudyState
 from hpsearch.tracker import JournalFollower, Tracker, TrackerThread
+from hpsearch.tracker.mlflow_writer import make_client
 from hpsearch.tracker.operations import TAG_UID
 from tests.mlflow_server import MlflowServer, mlflow_server
 from tests.test_cli import SPACE, TASK
@@ -322,3 +327,35 @@ def test_one_dropped_call_is_not_worth_a_warning(gate: Gate, server: MlflowServe
     report = thread.close(timeout_s=120)
     assert (report.error, report.waiting, warned) == (None, 0, [])
     assert dropped
+
+
+# A process that dies
+
+
+def test_store_whose_making_was_killed_is_made_by_the_next_process(tmp_path: Path) -> None:
+    """MLflow makes its tables in dozens of steps, and opens no store that has only some of them."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    code = (
+        "import sys; from hpsearch.tracker.mlflow_writer import make_client as m; m(sys.argv[1], write_ahead_log=True)"
+    )
+    with subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, uri], cwd=tmp_path) as process:
+        while process.poll() is None and not any(n_tables(path) > 40 for path in tmp_path.glob("mlflow.db*")):
+            time.sleep(0.002)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL, "it was over before it was killed"
+    client = make_client(uri, write_ahead_log=True)
+    assert [experiment.name for experiment in client.search_experiments()] == ["Default"]
+    assert not list(tmp_path.glob("mlflow.db.new*"))
+
+
+def n_tables(path: Path) -> int:
+    """Tables of a SQLite file that another process is writing; 0 where it cannot be told."""
+    if path.name.endswith(("-wal", "-shm", "-journal")):
+        return 0
+    with (
+        contextlib.suppress(sqlite3.Error),
+        contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db,
+    ):
+        (n,) = db.execute("SELECT count(*) FROM sqlite_master WHERE type = 'table'").fetchone()
+        return int(n)
+    return 0

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpsearch.events import Compared, Opened
+from hpsearch.events import Compared, Finished, Opened
 from hpsearch.job import EpochMetrics
 from hpsearch.journal import read_journal
 from hpsearch.notes import Note
@@ -262,6 +262,16 @@ def test_counts_and_plots_of_a_search_that_went_on_with_the_same_trials_are_due_
     told = due(script.state())["parent/search"].revision
     script.resume().search_begins().trial(0, [0.8, 0.7], first=2).search_ends()
     assert "parent/search" in due(script.state(), {"parent/search": told})
+
+
+def test_plots_of_the_search_are_due_again_with_each_baseline_that_arrives_after_them() -> None:
+    script = Script().data().search_begins().trial(0, [1.0]).search_ends()
+    for name in ("constant", "linear"):
+        told = {key: op.revision for key, op in due(script.state()).items()}
+        values = {"metrics": {"val": {"loss": 2.3}}}
+        script.add(Finished(key=f"baseline/{name}", worker="w", outcome="done", values=values))
+        assert list(due(script.state(), told)) == ["parent/search"]
+    assert due(script.state(), {key: op.revision for key, op in due(script.state()).items()}) == {}
 
 
 def test_study_without_a_test_split_claims_none() -> None:

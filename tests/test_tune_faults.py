@@ -1,6 +1,6 @@
 """What goes wrong on a cluster, with real processes: workers, nodes, the study's process, the driver, the head.
 
-One cluster serves all tests that leave it usable: a head without room for workers, and two nodes with room for one each.
+One cluster serves them all: a head without room for workers, and two nodes with room for one each.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hpsearch import leases
 from hpsearch.errors import ClusterError, JournalError
 from hpsearch.fleets import Launch, watchdog
 from hpsearch.fleets.tune import TuneFleet
-from hpsearch.job import EpochMetrics, Job, Result, TrainJob
+from hpsearch.job import Job, Result, TrainJob
 from hpsearch.journal import read_journal
 from hpsearch.sampler import Sampler, trial_seed
 from hpsearch.spec import Spec, parse_spec
@@ -34,7 +34,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SPACE = """
 name: faults
 task: task.py:Task
-search: {trials: 16}
+preflight: {enabled: false}
+search: {trials: 9}
 preflight: {enabled: false}
 parameters:
   lr: {distribution: log_uniform, min: 1e-5, max: 1.0}
@@ -44,6 +45,7 @@ ensemble: {pool: 4, size: 2}
 """
 JOB_S = 0.25
 BUSY_AGAIN_S = 10.0  # what the README promises
+HOLD = "hold"  # a note that keeps all jobs from ending
 LEASE_S, SLACK_S = 3.0, 2.0  # instead of a minute and a quarter of one
 
 
@@ -72,7 +74,7 @@ class SlowExecutor(fakes.FakeExecutor):
 
     def work(self, job: TrainJob, progress: Callable[[str, int], None], seconds: float) -> None:
         until = time.monotonic() + seconds
-        while time.monotonic() < until:
+        while time.monotonic() < until or (self.notes / HOLD).exists():
             time.sleep(0.05)
             progress(job.key, job.from_epoch)
 
@@ -232,7 +234,7 @@ def test_job_of_a_hung_worker_goes_to_another_and_its_process_is_replaced(tmp_pa
         launch_of(tmp_path),
         make_sampler=impatient_sampler,
         make_executor=partial(impatient_executor, notes=tmp_path / "notes"),
-        spec=parse_spec(SPACE, overrides=["search.trials=48"]),
+        spec=parse_spec(SPACE, overrides=["search.trials=24"]),
     )
     run = Run(launch, cluster)
     entries = run.go(lambda run: (tmp_path / "notes" / "hung").exists())
@@ -286,6 +288,7 @@ def test_job_of_a_lost_node_goes_on_elsewhere_and_a_new_node_gets_work(
 ) -> None:
     launch = launch_of(tmp_path, LateExecutor)
     key = "train/5/0-1"
+    hold = tmp_path / "notes" / HOLD
     at: dict[str, float] = {}
     seats: list[Any] = []
 
@@ -294,11 +297,15 @@ def test_job_of_a_lost_node_goes_on_elsewhere_and_a_new_node_gets_work(
         if not at and lease is not None and (tmp_path / "notes" / "late").exists():
             seats.append(run.state.seats[lease.worker])
             at["taken"] = time.time()
+            hold.touch()
             take_away(cluster, next(node for node in cluster.worker_nodes if node.node_id == seats[0].node))
         elif at and "brought" not in at and (lease is None or lease.worker != seats[0].worker):
             cluster.add_node(num_cpus=1)
             at["brought"] = time.time()
-        return "brought" in at and run.state.seats[seats[0].worker] != seats[0]
+        back = "brought" in at and run.state.seats[seats[0].worker] != seats[0]
+        if back:
+            hold.unlink()
+        return back
 
     entries = Run(launch, cluster).go(take_then_bring)
     assert_right(entries, launch)

@@ -46,7 +46,7 @@ def trained(trial: int, rows: Rows, outcome: Outcome = "done") -> list[Event]:
             worker="w",
             outcome=outcome,
             trial=trial,
-            values={"checkpoint": ref, "best_checkpoint": ref} if outcome == "done" else {},
+            values={"checkpoint": ref, "best_checkpoint": ref, "n_parameters": 99} if outcome == "done" else {},
             epochs=tuple((epoch, row, 0.1) for epoch, row in enumerate(rows, start=1)),
         ),
     ]
@@ -178,6 +178,7 @@ def test_ranking_is_by_the_best_epoch_with_the_lower_number_first_and_diverged_l
         "state": "complete",
         "epoch": 2,
         "epochs_trained": 3,
+        "n_parameters": 99,
         "val": {"loss": 0.2, "accuracy": 0.8},
         "diagnosis": [],
     }
@@ -189,7 +190,8 @@ def test_trial_that_never_ended_an_epoch_has_no_metrics() -> None:
     state = state_of(TrialDrawn(trial=0, config={}, seed=0))
     (row,) = top(state)
     assert row == {
-        "trial": 0, "config": {}, "state": "waiting", "epoch": 0, "epochs_trained": 0, "val": {}, "diagnosis": [],
+        "trial": 0, "config": {}, "state": "waiting", "epoch": 0, "epochs_trained": 0, "n_parameters": None, "val": {},
+        "diagnosis": [],
     }  # fmt: skip
     assert val_metrics(state.trials[0]) == {}
 

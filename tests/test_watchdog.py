@@ -28,10 +28,10 @@ def test_process_that_holds_the_interpreters_lock_is_ended_and_tells_where_it_hu
 
 
 def test_process_that_gives_signs_of_life_goes_on() -> None:
-    ended = run("for _ in range(10):\n    dog.arm(0.3)\n    time.sleep(0.1)\nprint('done')\ndog.disarm()")
+    ended = run("for _ in range(30):\n    dog.arm(2.0)\n    time.sleep(0.1)\nprint('done')\ndog.disarm()")
     assert (ended.returncode, ended.stdout) == (0, "done\n")
 
 
 def test_process_that_is_disarmed_may_wait_for_as_long_as_it_likes() -> None:
-    ended = run("dog.arm(0.1)\ndog.disarm()\ntime.sleep(0.6)\nprint('done')")
+    ended = run("dog.arm(0.2)\ndog.disarm()\ntime.sleep(0.6)\nprint('done')")
     assert (ended.returncode, ended.stdout) == (0, "done\n")

@@ -24,6 +24,7 @@ from hpsearch.training.group import GroupBroken
 SPACE = """
 name: group
 task: task.py:Shared
+preflight: {enabled: false}
 search: {trials: 4}
 parameters:
   lr: {distribution: log_uniform, min: 1e-3, max: 1.0}

@@ -20,14 +20,13 @@ from hpsearch.cli.environment import environment
 from hpsearch.cli.output import json_option, print_json, say
 from hpsearch.cli.refill import refill
 from hpsearch.cli.remote import Order, is_remote, run_there
-from hpsearch.cli.resume import check_new, check_resumed, command_again, wait_for_lock
+from hpsearch.cli.resume import check_new, check_resumed, command_again, earlier_study, wait_for_lock
 from hpsearch.cli.run_verbs import counts_line
 from hpsearch.cli.spec_verbs import SPACE
 from hpsearch.cli.verdict_text import lr_table, verdict_text
 from hpsearch.errors import NoUsableTrial, UsageError
 from hpsearch.fleets import Fleet, Launch
 from hpsearch.forecast import forecast
-from hpsearch.journal import FILE_NAME, read_journal
 from hpsearch.rungs import rung_epochs
 from hpsearch.spec import Spec, read_spec
 from hpsearch.state import Entry, StudyState
@@ -199,7 +198,7 @@ class Session:
         """
         display = Display(self.state)
 
-        earlier = _earlier(self._run.run_dir)
+        earlier = earlier_study(self._run.run_dir)
         if earlier.done:
             say(f"{self._run.run_dir} holds this study, done; it goes on where there is more to do")
         elif earlier.trials:
@@ -242,11 +241,6 @@ class Session:
             stages_s={"start": self._start_s, "tracking": self._tracking_s},
             mlflow=self.mlflow,
         )
-
-
-def _earlier(run_dir: Path) -> StudyState:
-    """The study as earlier drivers left it; empty where there is none."""
-    return StudyState.of(read_journal(run_dir)) if (run_dir / FILE_NAME).exists() else StudyState()
 
 
 def _interrupt(number: int, frame: object) -> None:

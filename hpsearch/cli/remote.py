@@ -70,7 +70,7 @@ class Order:
         """Of hpsearch on the head; no secret among them."""
         return (
             self.verb,
-            f"{STUDY}/{self.space.name}",
+            f"{STUDY}/{self.space.resolve().name}",
             "--address=auto",
             # A sweep finds a new one for itself there.
             *([f"--run-dir={self.remote_run_dir}"] if self.verb == "launch" or self.run_dir is not None else []),

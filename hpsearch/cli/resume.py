@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
 import time
@@ -90,15 +91,28 @@ def command_again(run_dir: Path) -> str:
     return shlex.join([tool("hpsearch"), *arguments, "--resume"])
 
 
+def earlier_study(run_dir: Path) -> StudyState:
+    """The study as earlier drivers left it, empty where there is none; to be read, not changed."""
+    path = (run_dir / FILE_NAME).resolve()
+    if not path.exists():
+        return StudyState()
+    status = path.stat()
+    return _folded(path.parent, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _folded(run_dir: Path, n_bytes: int, changed_ns: int) -> StudyState:
+    """A launch asks several times, and 10,000 trials take half a second to read."""
+    return StudyState.of(read_journal(run_dir))
+
+
 def _state_of(run_dir: Path, spec: Spec) -> StudyState | None:
     """The study of a run directory, None where none was begun.
 
     Raises:
         UsageError: it has another name.
     """
-    if not (run_dir / FILE_NAME).exists():
-        return None
-    state = StudyState.of(read_journal(run_dir))
+    state = earlier_study(run_dir)
     if state.opened is None:
         return None
     if state.opened.study != spec.name:

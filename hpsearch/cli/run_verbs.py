@@ -7,11 +7,13 @@ from pathlib import Path
 
 import click
 
+from hpsearch.blobs import BlobStore
 from hpsearch.cli.output import json_option, number, print_json, say, table
-from hpsearch.errors import NotBuiltYet, UsageError
+from hpsearch.errors import UsageError
 from hpsearch.events import Returned
 from hpsearch.journal import is_locked, read_journal
 from hpsearch.notes import add_note
+from hpsearch.parsimony import AsGood, as_good, measured_error, read_within, row_scores_of, sized
 from hpsearch.space_diagnosis import findings, reference
 from hpsearch.spec import Spec
 from hpsearch.state import StudyState
@@ -87,18 +89,26 @@ def status(run: Path, address: str | None, as_json: bool) -> None:
 @click.command("top")
 @click.argument("run", type=RUN)
 @click.option("-k", default=5, show_default=True, type=click.IntRange(min=1), help="How many trials.")
-@click.option("--smallest-within", hidden=True, default=None)
+@click.option(
+    "--smallest-within",
+    default=None,
+    metavar="1se",
+    help="Instead: the smallest models whose score is within so many standard errors of the best.",
+)
 @there_option
 @json_option
 def top(run: Path, k: int, smallest_within: str | None, address: str | None, as_json: bool) -> None:
     """The ranking of RUN's trials, by the best epoch of each."""
-    if smallest_within is not None:
-        raise NotBuiltYet("`top --smallest-within` is not built yet")
+    times = read_within(smallest_within) if smallest_within is not None else None
     if address is not None:
         from hpsearch.cli.remote import ask_there
 
-        ask_there("top", str(run), address, f"-k{k}", *(["--json"] if as_json else []))
+        within = [f"--smallest-within={smallest_within}"] if smallest_within is not None else []
+        ask_there("top", str(run), address, f"-k{k}", *within, *(["--json"] if as_json else []))
     state = state_of(run)
+    if times is not None:
+        _smallest(run, state, k, times, str(smallest_within), as_json=as_json)
+        return
     rows = ranking(state, k)
     if as_json:
         print_json({"trials": rows})
@@ -126,6 +136,84 @@ def top_table(state: StudyState, k: int) -> str:
         said = ", ".join(found.finding for found in findings(trial, known) if not trial.diverged)
         rows.append([str(rank), str(trial.number), str(trial.state), number(value), str(epoch), *cells, said])
     return table(["rank", "trial", "state", metric, "epoch", *shown, "diagnosis"], rows)
+
+
+def _smallest(run: Path, state: StudyState, k: int, times: float, within: str, *, as_json: bool) -> None:
+    """The `k` smallest trials within some standard errors of the best score.
+
+    Raises:
+        UsageError: no trial has a score and a size yet, or the standard error is not known.
+    """
+    assert state.opened is not None
+    spec = Spec.from_dump(dict(state.opened.spec))
+    trials = sized(state)
+    if not trials:
+        raise UsageError(f"no trial of {run} has a score and a known number of parameters", hint=f"hpsearch top {run}")
+    best = min(trials, key=lambda each: (each.score, each.trial)).trial
+    with contextlib.closing(BlobStore(run)) as store:
+        error = measured_error(state, best, store.arrays)
+    if error is None:
+        raise _unknown_error(state, spec, best)
+    found = as_good(trials, error=error, times=times)
+    sign = 1.0 if spec.metric.goal == "minimize" else -1.0
+    if as_json:
+        rows = {row["trial"]: row for row in ranking(state)}
+        print_json(
+            {
+                "best": rows[best],
+                "within": within,
+                "standard_error": error,
+                "threshold": sign * found.threshold,
+                "trials": [rows[each.trial] for each in found.trials[:k]],
+            }
+        )
+        return
+    metric = spec.metric.name
+    click.echo(_smallest_table(state, spec, found, k, sign))
+    bound = "at most" if spec.metric.goal == "minimize" else "at least"
+    click.echo(
+        f"{len(found.trials)} of {len(trials)} trials have {metric} {bound} {number(sign * found.threshold)}: "
+        f"within {within} of trial {best}'s {number(sign * found.best.score)} (1se is {number(error)})"
+    )
+
+
+def _smallest_table(state: StudyState, spec: Spec, found: AsGood, k: int, sign: float) -> str:
+    shown = found.trials[:k]
+    configs = {each.trial: state.trials[each.trial].config for each in shown}
+    searched = dict.fromkeys(p.name for p in spec.space.searched)
+    names = [name for name in searched if any(name in config for config in configs.values())]
+    rows = [
+        [
+            f"{each.n_parameters:,}",
+            str(each.trial),
+            str(state.trials[each.trial].state),
+            number(sign * each.score),
+            str(state.trials[each.trial].best_epoch),
+            *(number(configs[each.trial][name]) if name in configs[each.trial] else "" for name in names),
+        ]
+        for each in shown
+    ]
+    return table(["parameters", "trial", "state", spec.metric.name, "epoch", *names], rows)
+
+
+def _unknown_error(state: StudyState, spec: Spec, best: int) -> UsageError:
+    """What would have to be measured for the standard error to be known."""
+    what = f"the standard error of trial {best}'s {spec.metric.name} is not known"
+    if row_scores_of(state, best) is not None:
+        return UsageError(
+            f"{what}: the metric is no mean over rows",
+            hint="write confirm: {seeds: 3} into space.yaml, whose stage measures it; then launch with --resume",
+        )
+    stages = [*(["confirm"] if spec.confirm.enabled else []), *(["ensemble"] if spec.ensemble.enabled else [])]
+    if not stages:
+        return UsageError(
+            f"{what}, and no stage of this study measures it",
+            hint="write confirm: {seeds: 3} into space.yaml, whose stage measures it; then launch with --resume",
+        )
+    return UsageError(
+        f"{what} before stage {stages[0]} has ended",
+        hint="wait for it, or go on with hpsearch launch --resume",
+    )
 
 
 def remark_lines(state: StudyState) -> list[str]:

@@ -1,7 +1,7 @@
 """The logbook of one launch: MLflow told beside the search, the rest when it has ended.
 
 Figures and the packaged ensemble are kept in the run directory too, whether MLflow could be reached or not. Each is
-made once: by the tracker's thread when MLflow wants it, else at the end.
+made by the tracker's thread when MLflow wants it, else at the end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hpsearch.cli.output import say
 from hpsearch.errors import HpsearchError
 from hpsearch.fleets import Launch
 from hpsearch.packing import pack
-from hpsearch.report.figures import Topic, figures, load_matplotlib
+from hpsearch.report.figures import Topic, drawn_from, figures, load_matplotlib
 from hpsearch.state import StudyState
 from hpsearch.tracker import JournalFollower, SyncReport, Tracker, TrackerThread
 
@@ -29,14 +29,14 @@ class Keepsakes:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
-        self._drawn: set[Topic] = set()
+        self._drawn: dict[Topic, str] = {}  # topic -> what its figures were drawn from
         self._packed = False
 
     def draw(self, topic: Topic, state: StudyState) -> Mapping[str, bytes]:
         """The figures of a topic, as PNG bytes by file name; kept in `plots/`."""
-        drawn = figures(topic, state)
-        self._drawn.add(topic)
         with contextlib.closing(BlobStore(self._run_dir)) as store:
+            drawn = figures(topic, state, store.arrays)
+            self._drawn[topic] = drawn_from(topic, state)
             store.keep({f"plots/{name}": png for name, png in drawn.items()})
         return drawn
 
@@ -46,10 +46,10 @@ class Keepsakes:
         return pack(self._run_dir, state, run_ids)
 
     def complete(self, state: StudyState) -> None:
-        """Make what nobody has asked for yet."""
+        """Make what nobody has asked for yet, and draw again what has changed since it was drawn."""
         try:
             for topic in TOPICS:
-                if topic not in self._drawn:
+                if self._drawn.get(topic) != drawn_from(topic, state):
                     self.draw(topic, state)
             if state.done and not self._packed:
                 self.pack(state, {})

@@ -7,36 +7,70 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from hpsearch.errors import HpsearchError
+from hpsearch.events import Selected
 from hpsearch.lr_curve import measure_range, probe_scores, ramp_lrs
+from hpsearch.parsimony import Arrays, AsGood, as_good, front, measured_error, row_scores_of, sized
 from hpsearch.report.plots import (
+    BaselineLine,
     CurvePlot,
     LrRangePlot,
     ParameterPlot,
     SearchPoint,
+    SizePoint,
     ensemble_figure,
     learning_curves_figure,
     lr_range_figure,
+    pareto_figure,
     search_figure,
 )
 from hpsearch.rungs import rung_epochs
 from hpsearch.spec import Spec
 from hpsearch.stages.lr_range import PROBE_STEPS, branch_key, losses_of
 from hpsearch.state import StudyState
+from hpsearch.verdict import measured_metrics
 
 Topic = Literal["lr-range", "search", "ensemble"]
 
+BASELINES = {"constant": "ignoring the inputs", "linear": "a linear model"}
+"""What the study measures itself, in words."""
 
-def figures(topic: Topic, state: StudyState) -> Mapping[str, bytes]:
-    """PNG bytes by file name; empty where the study has nothing to show of the topic."""
+
+def figures(topic: Topic, state: StudyState, arrays: Arrays | None = None) -> Mapping[str, bytes]:
+    """PNG bytes by file name; empty where the study has nothing to show of the topic.
+
+    Args:
+        arrays: reads scores of rows, for what they tell of the smallest model that is as good; None where they are not
+            at hand.
+    """
     assert state.opened is not None
     spec = Spec.from_dump(dict(state.opened.spec))
     match topic:
         case "lr-range":
             return _lr_range(state, spec)
         case "search":
-            return _search(state, spec)
+            return _search(state, spec, arrays)
         case "ensemble":
             return _ensemble(state)
+
+
+def drawn_from(topic: Topic, state: StudyState) -> str:
+    """What changes when the figures of a topic would show something else.
+
+    Trials are shown when the search ends; baselines, scores of rows and fresh seeds may come after it.
+    """
+    match topic:
+        case "lr-range":
+            return f"{len(state.ranges)}@{state.range_edits}"
+        case "search":
+            lines = _baselines(state, Spec.from_dump(dict(state.opened.spec))) if state.opened is not None else []
+            known = "".join(f" {line.label}={line.value:.6g}" for line in lines)
+            best = state.best()
+            rows = row_scores_of(state, best.number) if best is not None else None
+            told = (f" rows of {rows}" if rows else "") + (" confirmed" if state.confirmed is not None else "")
+            return f"{len(state.trials)}@{state.n_epochs}{known}{told}"
+        case "ensemble":
+            return f"{state.selected} {_constant(state, 'ensemble')}"
 
 
 def load_matplotlib() -> None:
@@ -78,7 +112,7 @@ def _probes(state: StudyState, branch: str) -> Mapping[float, float]:
     return probe_scores(losses, steps=PROBE_STEPS) if losses else {}
 
 
-def _search(state: StudyState, spec: Spec) -> dict[str, bytes]:
+def _search(state: StudyState, spec: Spec, arrays: Arrays | None) -> dict[str, bytes]:
     metric, goal, stopping = spec.metric.name, spec.metric.goal, spec.early_stopping
     halving = stopping.rule in ("asha", "sha")
     rungs = rung_epochs(stopping.min_epochs, stopping.max_epochs, stopping.reduction_factor) if halving else ()
@@ -99,13 +133,81 @@ def _search(state: StudyState, spec: Spec) -> dict[str, bytes]:
     ]
     if not any(curve.values for curve in curves):
         return {}
-    files = {"learning_curves.png": learning_curves_figure(curves, metric=metric, goal=goal, rungs=rungs)}
+    lines = _baselines(state, spec)
+    files = {
+        "learning_curves.png": learning_curves_figure(curves, metric=metric, goal=goal, rungs=rungs, baselines=lines)
+    }
     names = dict.fromkeys(p.name for p in spec.space.searched)
     logs = {p.name for p in spec.space.searched if p.log}
     parameters = [ParameterPlot(name=name, log=name in logs) for name in names]
     if parameters:
-        files["search.png"] = search_figure(points, parameters, metric=metric, goal=goal)
-    return files
+        files["search.png"] = search_figure(points, parameters, metric=metric, goal=goal, baselines=lines)
+    return files | _pareto(state, spec, arrays, lines)
+
+
+def _pareto(state: StudyState, spec: Spec, arrays: Arrays | None, lines: Sequence[BaselineLine]) -> dict[str, bytes]:
+    """The metric against size; nothing where all trials are of one size."""
+    metric, goal = spec.metric.name, spec.metric.goal
+    points = [
+        SizePoint(
+            trial=trial.number,
+            state=str(trial.state),
+            value=trial.best_metrics.get(metric),
+            n_parameters=trial.n_parameters,
+        )
+        for trial in state.trials.values()
+        if trial.n_parameters is not None
+    ]
+    if len({point.n_parameters for point in points}) < 2:
+        return {}
+    known = sized(state)
+    found = _smallest(state, arrays)
+    figure = pareto_figure(
+        points,
+        front=[each.trial for each in front(known)],
+        metric=metric,
+        goal=goal,
+        smallest=None if found is None else found.trials[0].trial,
+        threshold=None if found is None else found.threshold * (1.0 if goal == "minimize" else -1.0),
+        baselines=lines,
+    )
+    return {"pareto.png": figure}
+
+
+def _smallest(state: StudyState, arrays: Arrays | None) -> AsGood | None:
+    """Trials within one standard error of the best, None where the error is not known."""
+    known = sized(state)
+    if arrays is None or not known:
+        return None
+    best = min(known, key=lambda each: (each.score, each.trial))
+    try:
+        error = measured_error(state, best.trial, arrays)
+    except HpsearchError:  # scores of rows that cannot be read: whoever needs them says so
+        return None
+    return None if error is None else as_good(known, error=error)
+
+
+def _baselines(state: StudyState, spec: Spec) -> list[BaselineLine]:
+    """What the study's metric is held against on val, and what the user gave."""
+    name = spec.metric.name
+    found = []
+    for key, label in BASELINES.items() if name.startswith("val_") else ():
+        value = _measured(state, key, "val").get(name.removeprefix("val_"))
+        if value is not None:
+            found.append(BaselineLine(label=label, value=value))
+    return found + [BaselineLine(label=label, value=value) for label, value in spec.baselines.items()]
+
+
+def _measured(state: StudyState, baseline: str, split: str) -> Mapping[str, float]:
+    """A baseline's metrics on a split; empty where it was not measured."""
+    result = state.results.get(f"baseline/{baseline}")
+    metrics = result.values.get("metrics") if result is not None and result.outcome == "done" else None
+    found = metrics.get(split) if isinstance(metrics, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def _constant(state: StudyState, split: str) -> float | None:
+    return _measured(state, "constant", split).get("loss")
 
 
 def _ensemble(state: StudyState) -> dict[str, bytes]:
@@ -115,5 +217,22 @@ def _ensemble(state: StudyState) -> dict[str, bytes]:
     best_round = selected.scores.index(min(selected.scores)) + 1
     assert state.data is not None
     metric = "mean squared error" if state.data.outputs == "values" else "negative log likelihood (nats)"
-    figure = ensemble_figure(selected.scores, best_round=best_round, single_score=selected.single_score, metric=metric)
+    constant = _constant(state, "ensemble")
+    lines = [] if constant is None else [BaselineLine(label=BASELINES["constant"], value=constant)]
+    figure = ensemble_figure(
+        selected.scores,
+        best_round=best_round,
+        single_score=selected.single_score,
+        metric=metric,
+        baselines=lines if _is_the_loss(state, selected) else (),
+    )
     return {"ensemble.png": figure}
+
+
+def _is_the_loss(state: StudyState, selected: Selected) -> bool:
+    """Whether the ensemble's score is the task's own loss, so that a baseline's loss is in its unit: the best single
+    model then scores what its loss is."""
+    assert selected.single_score is not None
+    losses = [measured_metrics(state, "ensemble", [(trial, 1.0)]).get("loss") for trial in selected.pool]
+    known = [loss for loss in losses if loss is not None]
+    return bool(known) and math.isclose(min(known), selected.single_score, rel_tol=1e-3, abs_tol=1e-6)

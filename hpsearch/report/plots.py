@@ -1,10 +1,11 @@
-"""The figures of a study as PNG bytes: LR range, learning curves, ensemble, search.
+"""The figures of a study as PNG bytes: LR range, learning curves, ensemble, search, score against size.
 
 Values in, bytes out. Figures are built from matplotlib's objects and its Agg canvas, never from pyplot, whose import
 takes seconds, wants a display and keeps global state; matplotlib itself is imported when a figure is drawn.
 
-Axes are set from the bulk of the values, so that one loss of 1e6 does not flatten all others; what lies beyond is
-said in the figure. Values that are not finite are left out, or marked where that tells something.
+Axes are set from the bulk of the values, so that one loss of 1e6 does not flatten all others, nor a baseline that is
+far away; what lies beyond is said in the figure. Values that are not finite are left out, or marked where that tells
+something.
 """
 
 from __future__ import annotations
@@ -36,6 +37,13 @@ the range of floats."""
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 BLUE, SKY, GREEN, ORANGE, RED, PURPLE = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
 GREY, LIGHT, INK = "#8C8C8C", "#D9D9D9", "#222222"
+BROWN = "#8B5E3C"  # of baselines, which no state has
+
+BASELINE_DASHES = ((0, (7, 3)), (0, (7, 2, 1, 2)), (0, (1, 2)), (0, (3, 2)), (0, (7, 2, 1, 2, 1, 2)))
+"""Line styles of baselines, in the order in which they are given; a sixth begins anew."""
+
+CURVES_SHARE = 0.6
+"""An axis grows towards a baseline as long as the trials keep this share of its height."""
 
 STATE_COLOURS = {
     "complete": BLUE,
@@ -95,6 +103,24 @@ class ParameterPlot:
     log: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class BaselineLine:
+    """A score that trials are held against: a horizontal line."""
+
+    label: str  # "a linear model"
+    value: float  # in the unit of the axis
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizePoint:
+    """One trial by its size."""
+
+    trial: int
+    state: str
+    value: float | None  # as in SearchPoint
+    n_parameters: int
+
+
 def lr_range_figure(branches: Sequence[LrRangePlot], *, loss_name: str = "training loss") -> bytes:
     """Loss against learning rate, a panel per branch: each seed, their median, the suggestion and the interval.
 
@@ -111,7 +137,12 @@ def lr_range_figure(branches: Sequence[LrRangePlot], *, loss_name: str = "traini
 
 
 def learning_curves_figure(
-    curves: Sequence[CurvePlot], *, metric: str, goal: Goal = "minimize", rungs: Sequence[int] = ()
+    curves: Sequence[CurvePlot],
+    *,
+    metric: str,
+    goal: Goal = "minimize",
+    rungs: Sequence[int] = (),
+    baselines: Sequence[BaselineLine] = (),
 ) -> bytes:
     """A metric against epochs, one line per trial in its state's colour; the best trial is named.
 
@@ -122,6 +153,7 @@ def learning_curves_figure(
         goal: which way is better.
         rungs: epochs at which trials were compared, drawn as dotted lines. With them the epochs are on a log scale,
             where rungs are evenly spaced and the many trials that ended early have room.
+        baselines: what the metric is held against.
     """
     figure, (panel,) = _panels(1, width=8.2, height=4.8, columns=1)
     finite = {
@@ -150,6 +182,7 @@ def learning_curves_figure(
     for epoch, colour in ended_badly:  # at the worst edge: their last value is mostly none, or far beyond the axis
         _mark_worst_edge(panel, epoch, colour, goal)
     _fit_y(panel, values, metric, goal)
+    _draw_baselines(panel, baselines, goal)
     if best is not None:
         epochs, ys = zip(*finite[best], strict=True)
         i = int(np.argmin(ys) if goal == "minimize" else np.argmax(ys))
@@ -185,6 +218,7 @@ def ensemble_figure(
     single_score: float,
     metric: str = "negative log likelihood (nats)",
     split: str = "ensemble split",
+    baselines: Sequence[BaselineLine] = (),
 ) -> bytes:
     """The ensemble's score after each round of greedy selection, against the best single model's.
 
@@ -194,6 +228,7 @@ def ensemble_figure(
         single_score: of the best model alone.
         metric: name and unit of the score.
         split: what it was measured on.
+        baselines: what the score is held against, in its unit and on its split.
 
     Raises:
         ValueError: no scores, or a best_round that is not one of theirs.
@@ -212,6 +247,8 @@ def ensemble_figure(
     panel.plot(best_round, best, "*", color=INK, markersize=15, markeredgecolor="white", label=star, zorder=5)
     panel.set_xlim(0.5, max(len(scores), 2) + 0.5)
     panel.margins(y=0.12)
+    panel.autoscale_view()
+    _draw_baselines(panel, baselines, "minimize")
     _integer_ticks(panel)
     panel.set_xlabel("models averaged, repeats counted")
     panel.set_ylabel(f"{metric}\n(lower is better)")
@@ -221,7 +258,12 @@ def ensemble_figure(
 
 
 def search_figure(
-    points: Sequence[SearchPoint], parameters: Sequence[ParameterPlot], *, metric: str, goal: Goal = "minimize"
+    points: Sequence[SearchPoint],
+    parameters: Sequence[ParameterPlot],
+    *,
+    metric: str,
+    goal: Goal = "minimize",
+    baselines: Sequence[BaselineLine] = (),
 ) -> bytes:
     """The metric against each searched parameter, a panel each; trials without a metric are marked at the edge.
 
@@ -240,7 +282,75 @@ def search_figure(
     for i, (panel, parameter) in enumerate(zip(panels, parameters, strict=True)):
         _draw_parameter(panel, points, parameter, best, goal)
         _fit_y(panel, values, metric if i % 3 == 0 else "", goal, note=i == 0)
+        _draw_baselines(panel, baselines, goal, note=i == 0)
     _shared_legend(figure, panels)
+    return _png(figure)
+
+
+def pareto_figure(
+    points: Sequence[SizePoint],
+    *,
+    front: Sequence[int],
+    metric: str,
+    goal: Goal = "minimize",
+    smallest: int | None = None,
+    threshold: float | None = None,
+    baselines: Sequence[BaselineLine] = (),
+) -> bytes:
+    """The metric against the number of parameters, one point per trial; those that none beats are joined.
+
+    Args:
+        points: trials; those without a finite value are marked at the worst edge.
+        front: trials that no other beats without being larger, smallest first.
+        smallest: the smallest trial that is as good as the best; None where that is not known.
+        threshold: the value that it had to reach: one standard error from the best.
+        baselines: what the metric is held against.
+
+    Raises:
+        ValueError: no points, or a trial of the front, or the smallest, that is none of them or has no finite value.
+    """
+    if not points:
+        raise ValueError("at least one trial is needed")
+    ys = {p.trial: _drawable(p.value) for p in points if p.value is not None and math.isfinite(p.value)}
+    xs = {p.trial: max(1, p.n_parameters) for p in points}  # a log scale has no place for none
+    named = [*front, *([] if smallest is None else [smallest])]
+    if not all(trial in ys for trial in named):
+        raise ValueError(f"no value is known of trials {sorted(set(named) - set(ys))}")
+    figure, (panel,) = _panels(1, width=8.2, height=4.8, columns=1)
+    panel.set_xscale("log")
+    for point in sorted(points, key=lambda p: (p.state == "complete", p.trial)):
+        colour = STATE_COLOURS.get(point.state, INK)
+        if point.trial not in ys:
+            _mark_worst_edge(panel, xs[point.trial], colour, goal, label=f"{point.state}, no value")
+        else:
+            x, y = xs[point.trial], ys[point.trial]
+            panel.plot(x, y, "o", color=colour, markersize=5.5, markeredgewidth=0, alpha=0.8, label=point.state)
+    _fit_y(panel, list(ys.values()), metric, goal)
+    _draw_baselines(panel, baselines, goal)
+    if front:
+        front_xs, front_ys = [xs[trial] for trial in front], [ys[trial] for trial in front]
+        panel.plot(front_xs, front_ys, drawstyle="steps-post", color=INK, linewidth=1.4, alpha=0.8, zorder=1.5)
+        panel.plot(front_xs, front_ys, "o", color="none", markeredgecolor=INK, markersize=9, markeredgewidth=1.2)
+        label = "no smaller one is better"
+        panel.plot([], [], "o-", color=INK, markerfacecolor="none", markersize=8, linewidth=1.4, label=label)
+        label = f"best: trial {front[-1]}, {_number(front_ys[-1])}"
+        panel.plot(
+            front_xs[-1], front_ys[-1], "*", color=INK, markersize=14, markeredgecolor="white", zorder=5, label=label
+        )
+    if threshold is not None:
+        panel.axhline(_drawable(threshold), color=GREEN, linewidth=1.0, zorder=0.6, label="one standard error")
+    if smallest is not None:
+        label = f"smallest within it: trial {smallest}"
+        panel.plot(
+            xs[smallest], ys[smallest], "D", color="none", markeredgecolor=GREEN, markeredgewidth=2.2, markersize=11,
+            zorder=6, label=label,
+        )  # fmt: skip
+    low, high = min(xs.values()), max(xs.values())
+    panel.set_xlim(low / 1.25, high * 1.25)
+    _size_ticks(panel, few_decades=high < 100 * low)
+    panel.set_xlabel("parameters (log scale)")
+    panel.set_title("Score against size", loc="left")
+    _shared_legend(figure, [panel])
     return _png(figure)
 
 
@@ -358,8 +468,16 @@ def _shared_legend(figure: Figure, panels: Iterable[Axes]) -> None:
         rows = math.ceil(len(entries) / max(2, int(figure.get_figwidth() / 1.8)))
         columns = math.ceil(len(entries) / rows)  # rows of like length
         labels = sorted(entries, key=_legend_rank)
+        while columns > 1 and _legend_width(labels, columns) > figure.get_figwidth():
+            columns -= 1
         handles = [entries[label] for label in labels]
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+
+def _legend_width(labels: Sequence[str], columns: int) -> float:
+    """About how wide a legend is, in inches: it is filled column by column, each as wide as its longest label."""
+    filled = np.array_split(np.array([len(label) for label in labels]), columns)
+    return float(sum(0.72 + 0.066 * lengths.max() for lengths in filled))
 
 
 def _legend_rank(label: str) -> int:
@@ -402,6 +520,62 @@ def _fit_y(panel: Axes, values: Sequence[float], metric: str, goal: Goal, *, not
         text = f"{beyond} value{'s' if beyond > 1 else ''} beyond the axis"
         y, side = (0.945, "top") if goal == "minimize" else (0.055, "bottom")
         panel.annotate(text, (0.995, y), xycoords="axes fraction", ha="right", va=side, fontsize=8, color=GREY)
+
+
+def _draw_baselines(panel: Axes, baselines: Sequence[BaselineLine], goal: Goal, *, note: bool = True) -> None:
+    """Thin lines below all else. The axis, whose limits are set, grows for those that are near; the others are named
+    at the edge beyond which they lie."""
+    log = panel.get_yscale() == "log"
+
+    def place(value: float) -> float:
+        return value if not log else math.log10(value) if value > 0 else -math.inf
+
+    bottom, top = (place(limit) for limit in panel.get_ylim())
+    largest = (top - bottom) / CURVES_SHARE
+    places = {i: place(_drawable(line.value)) for i, line in enumerate(baselines) if math.isfinite(line.value)}
+    beyond: list[int] = []
+    for i, y in sorted(places.items(), key=lambda item: max(bottom - item[1], item[1] - top)):
+        grown = (min(bottom, y), max(top, y))
+        if grown[1] - grown[0] > largest:
+            beyond.append(i)
+        elif grown != (bottom, top):
+            room = 0.04 * (grown[1] - grown[0])
+            bottom, top = grown[0] - room * (y == grown[0]), grown[1] + room * (y == grown[1])
+    for i in sorted(set(places) - set(beyond)):
+        y, dashes = _drawable(baselines[i].value), BASELINE_DASHES[i % len(BASELINE_DASHES)]
+        label = _baseline_label(baselines[i])
+        panel.axhline(y, color=BROWN, linestyle=dashes, linewidth=1.3, alpha=0.85, zorder=0.8, label=label)
+    panel.set_ylim(*((10**bottom, 10**top) if log else (bottom, top)))
+    if not note:
+        return
+    for above in (True, False):
+        names = [_baseline_label(baselines[i]) for i in sorted(beyond) if (places[i] > top) == above]
+        if names:
+            _note_at_edge(panel, names, above=above, worst=above == (goal == "minimize"))
+
+
+def _baseline_label(line: BaselineLine) -> str:
+    return f"{_short(line.label, 32)}: {_number(line.value)}"
+
+
+def _note_at_edge(panel: Axes, names: Sequence[str], *, above: bool, worst: bool) -> None:
+    """What lies beyond an edge, at that end of it where curves are rarely: they go from worse to better."""
+    text = "\n".join(f"{'↑' if above else '↓'} {name}" for name in names)
+    x, ha = (0.995, "right") if worst else (0.005, "left")
+    has_count = worst and bool(panel.texts)  # of the values beyond the axis
+    y = (0.885 if has_count else 0.945) if above else (0.115 if has_count else 0.055)
+    panel.annotate(
+        text, (x, y), xycoords="axes fraction", ha=ha, va="top" if above else "bottom", fontsize=8, color=BROWN
+    )
+
+
+def _size_ticks(panel: Axes, *, few_decades: bool) -> None:
+    """Numbers at the ticks of a log axis (20k, 1M); between powers of ten too, where these alone would be few."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few_decades else (1.0,)))
+    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+    panel.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _mark_worst_edge(panel: Axes, x: float, colour: str, goal: Goal, *, label: str | None = None) -> None:

@@ -10,7 +10,7 @@ acknowledged that revision of that key, so the same function serves a launch tha
     parent/best        the best objective so far, stepped by the epochs trained in the whole study
     lr-range           child run: learning rates worth searching, with their curves
     trial/17           child run of a trial, sent once it is final
-    parent/search      plots of the search
+    parent/search      plots of the search, once more when there is more to draw: baselines, scores of rows
     ensemble/64        child run of the ensemble chosen among 64 trials, and its registered version; one that is chosen
                        again, after more epochs or by other settings, is another run and another version
     parent/result/64   test scores and gain
@@ -34,6 +34,7 @@ from typing import Literal
 from hpsearch.events import Selected, to_json
 from hpsearch.job import Config, EpochMetrics
 from hpsearch.notes import Note
+from hpsearch.report.figures import drawn_from
 from hpsearch.space_diagnosis import findings
 from hpsearch.state import StudyState
 from hpsearch.trial import TrialRecord, TrialState
@@ -201,7 +202,7 @@ def _all(
     if state.search_ended:
         yield UpdateStudy(
             key="parent/search",
-            revision=f"{len(state.trials)}@{state.n_epochs}",
+            revision=drawn_from("search", state),
             content=Content(plots="search", tags=_counts(state) | _remarks(state)),
         )
     if "ensemble" in state.ended_stages and state.selected is not None:

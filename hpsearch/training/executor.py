@@ -634,7 +634,12 @@ def _trained(job: TrainJob, training: Training, curve: _Curve) -> Result:
         else:
             best_ref = checkpoint_ref(job.trial, curve.best.epoch, best=True)
             blobs[best_ref] = pack(curve.best)
-    values = {"checkpoint": last_ref, "best_checkpoint": best_ref, "resumable": last.resumable}
+    values = {
+        "checkpoint": last_ref,
+        "best_checkpoint": best_ref,
+        "resumable": last.resumable,
+        "n_parameters": _n_parameters(training.model),
+    }
     return Result(key=job.key, values=values, epochs=tuple(curve.rows), blobs=blobs)
 
 
@@ -648,11 +653,22 @@ def _diverged(job: TrainJob, training: Training, curve: _Curve) -> Result:
     return Result(
         key=job.key,
         outcome="diverged",
-        values={"checkpoint": None, "best_checkpoint": best_ref, "resumable": False, "epoch": training.epoch + 1},
+        values={
+            "checkpoint": None,
+            "best_checkpoint": best_ref,
+            "resumable": False,
+            "epoch": training.epoch + 1,
+            "n_parameters": _n_parameters(training.model),
+        },
         epochs=tuple(curve.rows),
         blobs=blobs,
         message=curve.diverged,
     )
+
+
+def _n_parameters(model: nn.Module) -> int:
+    """All numbers that a model has learned or was given, frozen ones too; a shared parameter counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _require_continuable(job: TrainJob, checkpoint: Checkpoint) -> None:

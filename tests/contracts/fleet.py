@@ -20,6 +20,7 @@ from tests import fakes
 SPACE = """
 name: contract
 task: task.py:Task
+preflight: {enabled: false}
 search: {trials: 27}
 parameters:
   lr: {distribution: log_uniform, min: 1e-5, max: 1.0, bounds_from: lr_range}
@@ -164,5 +165,5 @@ class FleetContract:
     def test_directory_of_another_study_is_refused(self, fleet: Callable[[Launch], Fleet], launch: Launch) -> None:
         self.run(fleet, launch)
         other = parse_spec(SPACE.replace("name: contract", "name: other"))
-        with pytest.raises(HpsearchError, match="its study has `name` = 'contract'"):
+        with pytest.raises(HpsearchError, match="name: contract -> "):
             self.run(fleet, dataclasses.replace(launch, spec=other))
