@@ -80,7 +80,12 @@ def test_stages_are_those_of_the_spec_in_order(tmp_path: Path) -> None:
 
 
 def test_range_that_nothing_asks_for_is_not_measured(tmp_path: Path) -> None:
-    assert names(tmp_path, space=SPACE.replace(", bounds_from: lr_range", "")) == ["preflight", "search", "baselines", "ensemble"]
+    assert names(tmp_path, space=SPACE.replace(", bounds_from: lr_range", "")) == [
+        "preflight",
+        "search",
+        "baselines",
+        "ensemble",
+    ]
 
 
 def test_sweep_alone_is_made_also_where_the_search_would_not_ask(tmp_path: Path) -> None:

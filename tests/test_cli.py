@@ -165,11 +165,11 @@ def test_top_tells_the_smallest_models_that_are_as_good(done: Path, capsys: pyte
     assert told["best"] in told["trials"]
     assert all(loss <= told["threshold"] for _, loss in sizes)
 
-    assert run(["top", "runs/blobs", "--smallest-within", "2se", "-k", "1"]) == 0
+    assert run(["top", "runs/blobs", "--smallest-within", "1se", "-k", "1"]) == 0
     header, first, last = capsys.readouterr().out.splitlines()
     assert header.split()[:5] == ["parameters", "trial", "state", "val_loss", "epoch"]
     assert first.split()[0] == str(sizes[0][0])
-    assert f"within 2se of trial {told['best']['trial']}'s" in last
+    assert f"within 1se of trial {told['best']['trial']}'s" in last
 
 
 @pytest.mark.parametrize("within", ["1sd", "-1se"])

@@ -117,7 +117,7 @@ def selected(*more: Event, single: float = 0.4) -> StudyState:
             "input_shape": (4,),
             "input_dtype": "float32",
             "metrics": (),
-        }  # fmt: skip
+        }
     )
     return state
 

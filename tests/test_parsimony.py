@@ -122,6 +122,7 @@ def arrays(ref: str) -> dict[str, np.ndarray]:
 
 def test_only_trials_that_could_be_taken_and_whose_size_is_known_are_weighed() -> None:
     state = state_of(*trained(0, losses(0.5, 0.3)), *trained(1, losses(0.2), "diverged"), *trained(2, losses(0.4)))
+    state.trials[1].n_parameters, state.trials[1].best_checkpoint = 99, "checkpoints/1"  # its best epoch was kept
     assert sized(state) == [trial(0, 0.3, 99), trial(2, 0.4, 99)]
     state.trials[2].n_parameters = None  # trained before sizes were told
     assert numbers(tuple(sized(state))) == [0]
