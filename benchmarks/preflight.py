@@ -15,13 +15,12 @@ import torch
 from _record import keep
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests/networks.py: the same tasks as the tests'
-from tests.networks import PLANTED, SOUND
-
 from hpsearch.checks import Check
 from hpsearch.task import Task
 from hpsearch.training.checks.data_report import check_data
 from hpsearch.training.checks.network import check_network
 from hpsearch.training.data import StudyData
+from tests.networks import PLANTED, SOUND
 
 CPU = torch.device("cpu")
 MEANT = {("1:100", "imbalance")}  # a warning that is true of that task

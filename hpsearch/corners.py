@@ -14,7 +14,7 @@ MIDDLE = 0.5
 def corners(space: Space, per: Sequence[str]) -> dict[str, Config]:
     """Configs by a name in plain words; equal ones once, under the first.
 
-    "smallest" and "largest" have every number at its low or high end but for the learning rate, which lies in the middle;
+    "smallest" and "largest" have every number at its low or high end, but the learning rate in the middle;
     then the lowest and the highest learning rate, and each branch, with all else in the middle.
 
     Args:

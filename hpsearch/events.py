@@ -106,8 +106,8 @@ class Returned:
 class Finished:
     """A job's result, its blobs already on disk. `epochs` are (epoch, metrics, seconds).
 
-    `values` may hold `unkept`, refs of checkpoints that are not on disk: nobody would ask for them, or there was no room.
-    With `no_room` the latter, and the best checkpoint among them was wanted for the ensemble.
+    `values` may hold `unkept`, refs of checkpoints that are not on disk: nobody would ask for them, or there was no
+    room. With `no_room` the latter, and the best checkpoint among them was wanted for the ensemble.
     """
 
     type: ClassVar[str] = "finished"

@@ -489,8 +489,8 @@ class Resources(Section):
     gpus: Annotated[float, AfterValidator(_gpus)] = Field(
         default=0.0,
         ge=0,
-        description="GPUs: a share of one, one, or several; with several the task's own `fit` runs once on each, as the "
-        "ranks of a torch.distributed group",
+        description="GPUs: a share of one, one, or several; with several the task's own `fit` runs once on each, as "
+        "the ranks of a torch.distributed group",
     )
     custom: Annotated[dict[str, float], AfterValidator(_custom)] = Field(
         default={},

@@ -65,9 +65,9 @@ class Trial:
 
     With `resources.gpus` above 1, `fit` runs once per GPU, at the same time, in processes of one torch.distributed
     group that is set up already (over NCCL): as `rank` of `world_size`, with `device` its own. The model has the same
-    weights on every rank, and every rank is given all of the splits: wrap the one in DistributedDataParallel(model), and
-    take a share of the other, such as x[trial.rank :: trial.world_size]. What rank 0 reports counts, and its state; all
-    ranks have to yield equally often, and `state` is called on all of them, so that it may gather what is spread.
+    weights on every rank, and every rank is given all of the splits: wrap the one in DistributedDataParallel(model),
+    and take a share of the other, such as x[trial.rank :: trial.world_size]. What rank 0 reports counts, and its state;
+    all ranks have to yield equally often, and `state` is called on all of them, so that it may gather what is spread.
     The random seeds of all ranks are equal; who wants other dropout on each adds the rank to them.
     """
 
@@ -132,8 +132,8 @@ class Task:
         return inputs
 
     def fit(self, model: nn.Module, config: Config, splits: Splits, trial: Trial) -> Iterator[Report]:
-        """A training loop of your own: yields a Report after every epoch. Not called unless you write it; needed where a
-        worker has several GPUs (see Trial)."""
+        """A training loop of your own: yields a Report after every epoch. Not called unless you write it; needed where
+        a worker has several GPUs (see Trial)."""
         raise _not_written(self, "fit", "yield hpsearch.Report({...}) after every epoch")
 
 

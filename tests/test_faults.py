@@ -284,7 +284,7 @@ ILLNESSES = ("loss", "infinite loss", "gradient", "infinite gradient", "buffer",
 NAN_SPACE = f"""
 name: ward
 task: task.py:Ward
-preflight: {enabled: false}
+preflight: {{enabled: false}}
 search: {{trials: 24}}
 parameters:
   lr: {{distribution: log_uniform, min: 1e-3, max: 1e-1}}

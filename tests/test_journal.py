@@ -241,3 +241,30 @@ def test_event_of_another_version_is_refused() -> None:
 def test_opened_keeps_the_whole_spec() -> None:
     event = Opened(study="s", uid="u", spec={"seed": 0, "nested": {"a": [1, None]}}, spec_text="name: s\n")
     assert from_json(json.loads(json.dumps(to_json(event)))) == event
+
+
+def test_line_that_was_altered_after_it_was_read_is_found_out(tmp_path: Path) -> None:
+    """Lines that this process has parsed are not parsed again, unless they are others now."""
+    write(tmp_path, *drawn(3))
+    path = tmp_path / FILE_NAME
+    whole = path.read_bytes()
+    assert len(read_journal(tmp_path)) == 3
+    path.write_bytes(whole.replace(b'"trial":1', b'"trial":7'))
+    with pytest.raises(JournalError, match=r"journal\.jsonl:2: the line is damaged"):
+        read_journal(tmp_path)
+    with pytest.raises(JournalError, match=r"journal\.jsonl:2: the line is damaged"):
+        list(JournalTail(tmp_path).new_entries())
+    path.write_bytes(whole)
+    assert len(read_journal(tmp_path)) == 3
+
+
+def test_journals_read_in_turn_are_told_apart(tmp_path: Path) -> None:
+    long, short = tmp_path / "long", tmp_path / "short"
+    write(long, *drawn(3))
+    write(short, Ended(reason="done"))
+    for _ in range(2):
+        assert [entry.event for entry in read_journal(long)] == drawn(3)
+        assert [entry.event for entry in read_journal(short)] == [Ended(reason="done")]
+    write(long, Ended(reason="done"))  # it grew since
+    assert [entry.event.type for entry in read_journal(long)] == ["trial", "trial", "trial", "ended"]
+    assert [entry.seq for entry in JournalTail(long).new_entries()] == [0, 1, 2, 3]

@@ -206,9 +206,9 @@ def test_overrides_change_add_and_are_checked_like_the_file() -> None:
     assert problems(EXAMPLE, ["ensemble.size=30", "serch.trials=3"]) == [
         "error[ensemble-size]: --set ensemble.size: `ensemble` needs size <= pool (got size=30, pool=20)"
         "\n  hint: members come from the pool",
-        "error[unknown-key]: --set serch.trials: `serch` is not a key of space.yaml (known: name, task, metric, metrics, seed, "
-        "search, parameters, preflight, lr_range, early_stopping, finish, baselines, confirm, ensemble, resources, "
-        "budget, mlflow, storage, shuffle)"
+        "error[unknown-key]: --set serch.trials: `serch` is not a key of space.yaml (known: name, task, metric, "
+        "metrics, seed, search, parameters, preflight, lr_range, early_stopping, finish, baselines, confirm, "
+        "ensemble, resources, budget, mlflow, storage, shuffle)"
         "\n  hint: did you mean search?",
     ]
 
@@ -326,7 +326,8 @@ def test_what_comes_later_says_so(lines: str, message: str) -> None:
             "n_trials: 3",
             "error[unknown-key]: space.yaml:5:1: `n_trials` is not a key of space.yaml (known: name, task, metric, "
             "metrics, seed, search, parameters, preflight, lr_range, early_stopping, finish, baselines, confirm, "
-            "ensemble, resources, budget, mlflow, storage, shuffle)\n  hint: Optuna's n_trials is called trials here, under `search`",
+            "ensemble, resources, budget, mlflow, storage, shuffle)\n"
+            "  hint: Optuna's n_trials is called trials here, under `search`",
         ),
         (
             "search: {max_t: 3}",
