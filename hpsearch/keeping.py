@@ -281,19 +281,14 @@ class Keeping:
     def _victims(self, n_bytes: float, price: Price) -> tuple[list[tuple[Price, str]], int]:
         """The cheapest checkpoints that make up some bytes, all of them cheaper than `price`, and their bytes.
 
-        Where so many bytes cannot be had, only what nobody will ask for goes.
+        Where so many bytes cannot be had, only what nobody will ask for goes; what lost its worth since all was looked
+        through may be missed.
         """
         victims = self._useless() if self._is_due() else []
         found = self._n_bytes_of(victims)
         if found >= n_bytes:
             return victims, found
         paid = self._cheaper(n_bytes - found, price)
-        if price[0] >= Worth.BEST and found + self._n_bytes_of(paid) < n_bytes:
-            # The search is about to end for want of room: the prices should be of now. Too dear for every result.
-            self._leaving -= {ref for _, ref in paid}
-            victims += self._useless()
-            found = self._n_bytes_of(victims)
-            paid = self._cheaper(n_bytes - found, price)
         if found + self._n_bytes_of(paid) < n_bytes and price < _ABOVE_ALL:
             for entry in paid:
                 heapq.heappush(self._cheapest, entry)

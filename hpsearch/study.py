@@ -415,16 +415,18 @@ class Study:
 
     def _count_death(self, key: str) -> None:
         """A process died with this job in its hands; a job that keeps killing them is not given out for ever."""
-        if key in self._pushed:
+        self._blame_job(
+            key, f"the worker's process died {MOST_DEATHS} times in this job (out of memory, or a crash in native code)"
+        )
+
+    def _blame_job(self, key: str, message: str) -> None:
+        """What went wrong in this job is counted; at the third time it has crashed, with the message."""
+        if key in self._pushed or not self._book.died(key):
             return
-        if self._book.died(key):
-            lease = self._state.leases[key]
-            message = (
-                f"the worker's process died {MOST_DEATHS} times in this job (out of memory, or a crash in native code)"
-            )
-            self._record(Finished(key=key, worker=lease.worker, outcome="crashed", trial=lease.trial, message=message))
-            self._book.end(key)
-            self._advance()
+        lease = self._state.leases[key]
+        self._record(Finished(key=key, worker=lease.worker, outcome="crashed", trial=lease.trial, message=message))
+        self._book.end(key)
+        self._advance()
 
     def _return(self, key: str, reason: str) -> None:
         if key not in self._pushed:
@@ -437,7 +439,10 @@ class Study:
             return
         self._looked_at = now
         for key, limit in self._book.overdue(now, own_loop=self._own_loop):
-            self._return(key, f"no progress for {limit:.0f} s")
+            if limit != INHERIT_S:  # a config that hangs whoever takes it is not given out for ever
+                self._blame_job(key, f"no progress for {limit:.0f} s, {MOST_DEATHS} times")
+            if key in self._state.leases:
+                self._return(key, f"no progress for {limit:.0f} s")
         if self._unheard and now - self._began_at > INHERIT_S:
             silent, self._unheard = self._unheard, set()
             for worker in silent:

@@ -55,7 +55,6 @@ class Blobs(hpsearch.Task):
 SPACE = """
 name: blobs
 task: task.py:Blobs
-preflight: {enabled: false}
 search: {trials: 9}
 parameters:
   lr: {distribution: log_uniform, min: 1e-4, max: 1.0, bounds_from: lr_range}

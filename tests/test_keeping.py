@@ -14,6 +14,7 @@ from typing import TypeVar
 import pytest
 
 from hpsearch import keeping
+from hpsearch.assembly import make_stages
 from hpsearch.blobs import BlobStore
 from hpsearch.errors import DamagedBlob, HpsearchError, JournalError, NoUsableTrial
 from hpsearch.events import Damaged, Dropped, Finished, OutOfRoom, Returned
@@ -294,6 +295,7 @@ def test_limit_is_never_exceeded_and_changes_no_trial(
     make_executor: Callable[[Spec, Path], Reader],
 ) -> None:
     free = run(tmp_path / "free", make_executor=make_executor)
+    TRAINED.clear()
     limit = int(room * (SIZE + 20))
     watch_disk(tmp_path / "tight", limit)
     tight = run(tmp_path / "tight", disk(limit), make_executor=make_executor)
@@ -303,6 +305,8 @@ def test_limit_is_never_exceeded_and_changes_no_trial(
     assert tight.best() is not None
     assert tight.best().number == free.best().number  # type: ignore[union-attr]
     assert len(tight.selected.pool) >= 3  # type: ignore[union-attr]
+    assert all(tight.trials[number].best_checkpoint is not None for number in tight.selected.pool)  # type: ignore[union-attr]
+    assert not any(isinstance(job, RebuildJob) for job in TRAINED)  # for which there would be no room either
     if room >= 9:
         assert tight.selected == free.selected
     assert files(tmp_path / "tight") == set(tight.owners)
@@ -323,7 +327,9 @@ def test_room_that_the_indispensable_fill_ends_the_search_and_the_ensemble_still
     assert state.done
     assert state.budget_spent == "budget.disk: 260 bytes, which holds no more checkpoints"
     (full,) = events(tmp_path, OutOfRoom)
-    assert state.trials[int(full.ref[18:22])].curve  # what could not be kept counts all the same
+    refused = state.trials[int(full.ref[18:22])]
+    assert refused.curve  # what could not be kept counts all the same
+    assert refused.missing is Missing.NO_ROOM
     assert state.selected is not None
     assert len(state.selected.pool) == 2
     assert all(state.trials[trial].best_checkpoint is not None for trial in state.selected.pool)
@@ -480,6 +486,14 @@ def stop_after(run_dir: Path, n_results: int) -> StudyState:
     return state_of(run_dir)
 
 
+def copy_until(whole: Path, to: Path, event_type: str, but: int = 0) -> None:
+    """A study as it was after the first event of a type, or so many events before."""
+    shutil.copytree(whole, to)
+    place = next(i for i, entry in enumerate(read_journal(whole)) if entry.event.type == event_type)
+    lines = (whole / FILE_NAME).read_bytes().splitlines(keepends=True)
+    (to / FILE_NAME).write_bytes(b"".join(lines[: place + 1 - but]))
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_last_checkpoint_is_trained_again_and_no_curve_changes(tmp_path: Path, damage: str) -> None:
     whole = run(tmp_path / "whole")
@@ -541,12 +555,9 @@ def test_damage_to_what_the_ensemble_left_is_mended_on_resume(tmp_path: Path, fo
 
 def test_predictions_damaged_before_the_choice_are_made_again(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole")
-    lines = (tmp_path / "whole" / FILE_NAME).read_bytes().splitlines(keepends=True)
-    n_lines = next(i for i, entry in enumerate(read_journal(tmp_path / "whole")) if entry.event.type == "selected")
     for damage, break_it in DAMAGES.items():
         cut = tmp_path / damage
-        shutil.copytree(tmp_path / "whole", cut)
-        (cut / FILE_NAME).write_bytes(b"".join(lines[:n_lines]))
+        copy_until(tmp_path / "whole", cut, "selected", but=1)
         for path in [*(cut / "predictions").iterdir()][::2]:
             break_it(path)
         again = run(cut)
@@ -568,6 +579,38 @@ def test_candidate_that_cannot_be_rebuilt_makes_room_for_the_next(tmp_path: Path
     assert best.number not in again.selected.pool
     assert again.selected.best == state.ranking()[1].number
     assert again.trials[best.number].state is TrialState.COMPLETE
+
+
+def test_member_that_cannot_be_rebuilt_has_the_ensemble_chosen_again(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+    assert whole.selected is not None
+    member = whole.trials[whole.selected.members[0][0]]
+    run_dir = tmp_path / "hurt"
+    copy_until(tmp_path / "whole", run_dir, "selected")
+    (run_dir / str(member.best_checkpoint)).unlink()
+    again = run(run_dir, make_executor=lambda spec, folder: Reader(spoilt=member.number))
+    assert again.done
+    assert again.selected is not None
+    assert member.number not in dict(again.selected.members)
+    assert again.compared is not None
+
+
+def test_chosen_trial_is_kept_wherever_it_ranks(tmp_path: Path) -> None:
+    run(tmp_path)
+    spec = parse_spec(SPACE, overrides=["ensemble.pool=2", "ensemble.size=1"])
+    state, blobs = StudyState(), BlobStore(tmp_path)
+    stages = make_stages(spec, state, fakes.make_sampler(spec), blobs, ("search", "ensemble"))
+    for entry in read_journal(tmp_path):
+        state.apply(entry.event, entry.time)
+        for stage in stages:
+            stage.apply(entry.event)
+    fifth = state.ranking()[4]
+    assert state.selected is not None
+    state.selected = dataclasses.replace(state.selected, best=fifth.number, members=((fifth.number, 1.0),))
+    (dropped,) = keeping.Keeping(state, blobs, stages).sweep()
+    assert isinstance(dropped, Dropped)
+    kept = {number for ref, number in state.owners.items() if ref not in dropped.refs}
+    assert kept == {trial.number for trial in state.ranking()[:2]} | {fifth.number}
 
 
 def test_blob_that_is_damaged_again_and_again_blames_the_disk(tmp_path: Path) -> None:

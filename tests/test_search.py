@@ -490,3 +490,50 @@ def test_trial_that_was_let_go_never_goes_on_under_new_rungs() -> None:
     keys = bench.edited(reduction_factor=2, n_complete=3).run(losses)
     assert not any(key.startswith("train/1/") for key in keys)
     assert {key.split("/")[1] for key in keys} == {"2"}  # 0 is complete
+
+
+# What may be asked for again
+
+
+def test_checkpoint_is_asked_for_while_its_trial_may_go_on() -> None:
+    bench = Bench(n_trials=9, n_complete=2)
+    jobs = [bench.take() for _ in range(9)]
+    assert bench.search.may_continue(0, 0, None)  # in a worker's hands
+    for job in jobs[:8]:
+        assert job is not None
+        bench.finish(job, loss=0.1 * (job.trial + 1))
+    may = [bench.search.may_continue(trial, 1, 0.1 * (trial + 1)) for trial in range(8)]
+    assert may == [True] * 3 + [False] * 5  # the third of 9, when the last has come
+    assert bench.search.may_continue(8, 1, 0.25)  # if it ended so
+    assert not bench.search.may_continue(8, 1, 0.95)
+    assert not bench.search.may_continue(8, 9, 0.0)  # it would be complete
+
+
+def test_end_games_candidates_are_asked_for_and_nobody_else() -> None:
+    bench = Bench(n_trials=5, n_complete=2)
+    for _ in range(5):
+        job = bench.take()
+        assert job is not None
+        bench.finish(job, loss=0.1 * (job.trial + 1))
+    assert [trial.epoch for trial in bench.state.trials.values()] == [3, 1, 1, 1]
+    may = [bench.search.may_continue(n, trial.epoch, trial.best_objective) for n, trial in bench.state.trials.items()]
+    assert may == [True, True, False, False]
+
+
+def test_trial_whose_job_was_lost_is_asked_for_and_one_that_is_spoilt_is_not() -> None:
+    bench = Bench(n_trials=3)
+    first = bench.take()
+    assert first is not None
+    bench.finish(first, loss=0.9)
+    for loss in (0.1, 0.2):
+        job = bench.take()
+        assert job is not None
+        bench.finish(job, loss=loss)
+    promoted = bench.take()
+    assert promoted is not None
+    assert promoted.from_epoch == 1
+    bench.tell(Returned(key=promoted.key, worker="w", reason="lost"))
+    assert bench.search.may_continue(promoted.trial, 1, 0.1)
+    bench.take()
+    bench.finish(promoted, outcome="diverged")
+    assert not bench.search.may_continue(promoted.trial, 1, 0.1)

@@ -8,11 +8,14 @@ import math
 import pytest
 
 from hpsearch.events import (
+    Damaged,
+    Dropped,
     Ended,
     Event,
     Finished,
     Leased,
     Opened,
+    OutOfRoom,
     RangeMeasured,
     Returned,
     StageBegan,
@@ -21,7 +24,7 @@ from hpsearch.events import (
     TrialDrawn,
 )
 from hpsearch.state import StudyState
-from hpsearch.trial import TrialState
+from hpsearch.trial import Missing, TrialState
 
 SPEC = {"metric": {"name": "val_loss", "goal": "minimize"}, "early_stopping": {"max_epochs": 9}}
 OPENED = Opened(study="s", uid="u", spec=SPEC, spec_text="")
@@ -249,3 +252,112 @@ def test_budget_that_ended_the_search_is_forgotten_when_it_goes_on() -> None:
     ended: list[Event] = [StageBegan(stage="search"), StageEnded(stage="search", reason="budget.hours: 1")]
     assert state_after(*ended).budget_spent == "budget.hours: 1"
     assert state_after(*ended, OPENED, StageBegan(stage="search")).budget_spent == ""
+
+
+# Checkpoints
+
+
+def trained(trial: int, loss: float, *, last: str = "", best: str = "", **values: object) -> list[Event]:
+    """A trial after its first epoch, with files for its last and its best."""
+    refs = {"checkpoint": last or f"checkpoints/{trial}", "best_checkpoint": best or f"checkpoints/{trial}"}
+    event = dataclasses.replace(
+        finished(trial, 0, 1, loss), values={**refs, **values}, digests={ref: ref[-1] * 16 for ref in refs.values()}
+    )
+    return [drawn(trial), leased(trial, 0, 1), event]
+
+
+def evaluated(trial: int) -> Finished:
+    values = {"predictions": f"predictions/{trial}", "targets": "predictions/targets"}
+    digests = {ref: "0" * 16 for ref in values.values()}
+    return Finished(key=f"evaluate/ensemble/{trial}", worker="w", outcome="done", values=values, digests=digests)
+
+
+def test_dropped_checkpoint_is_no_trials_any_more_and_the_best_can_be_had_again() -> None:
+    state = state_after(*trained(0, 0.5), *trained(1, 0.4, best="checkpoints/1-best"))
+    assert state.owners == {"checkpoints/0": 0, "checkpoints/1": 1, "checkpoints/1-best": 1}
+    assert set(state.digests) == set(state.owners)
+    state.apply(Dropped(refs=("checkpoints/0", "checkpoints/1")), 9.0)
+    first, second = state.trials[0], state.trials[1]
+    assert (first.checkpoint, first.best_checkpoint, first.best_ref) == (None, None, "checkpoints/0")
+    assert (first.missing, first.usable) == (Missing.DROPPED, True)
+    assert (second.checkpoint, second.best_checkpoint, second.missing) == (None, "checkpoints/1-best", None)
+    assert set(state.owners) == set(state.digests) == {"checkpoints/1-best"}
+
+
+def test_checkpoint_that_was_never_kept_is_as_one_that_was_dropped() -> None:
+    state = state_after(
+        *trained(0, 0.5, unkept=["checkpoints/0"]), *trained(1, 0.4, unkept=["checkpoints/1"], no_room=True)
+    )
+    assert [(t.best_checkpoint, t.missing, t.usable) for t in state.trials.values()] == [
+        (None, Missing.DROPPED, True),
+        (None, Missing.NO_ROOM, False),
+    ]
+    assert state.owners == state.digests == {}
+
+
+def test_better_epoch_takes_the_place_of_a_checkpoint_that_was_lost() -> None:
+    state = state_after(*trained(0, 0.5), Dropped(refs=("checkpoints/0",)), leased(0, 1, 3), finished(0, 1, 3, 0.4))
+    trial = state.trials[0]
+    assert (trial.best_checkpoint, trial.missing, trial.best_epoch) == ("checkpoints/0-3", None, 2)
+
+
+def test_candidates_behind_one_that_found_no_room_are_those_that_are_there() -> None:
+    events = [event for trial in range(6) for event in trained(trial, 0.1 * (trial + 1))]
+    events += [Dropped(refs=("checkpoints/0", "checkpoints/3")), Dropped(refs=("checkpoints/2",), no_room=True)]
+    state = state_after(*events)
+    assert [trial.number for trial in state.candidates(9)] == [0, 1, 4, 5]
+    assert [trial.number for trial in state.candidates(2)] == [0, 1]
+    assert state.best() is state.trials[0]
+
+
+def test_other_budget_of_disk_may_hold_what_the_last_one_did_not() -> None:
+    full = OutOfRoom(ref="checkpoints/0", n_bytes=100)
+    state = state_after(*trained(0, 0.5), Dropped(refs=("checkpoints/0",), no_room=True), full)
+    assert (state.out_of_room, state.candidates(1)) == (True, [])
+    state.apply(dataclasses.replace(OPENED, spec={**SPEC, "budget": {"hours": 3}}), 50.0)
+    assert (state.out_of_room, state.candidates(1)) == (True, [])
+    state.apply(dataclasses.replace(OPENED, spec={**SPEC, "budget": {"hours": 3, "disk": "1GiB"}}), 60.0)
+    assert (state.out_of_room, state.candidates(1)) == (False, [state.trials[0]])
+
+
+def test_rebuilt_best_is_there_again_under_its_name_and_can_be_lost_again() -> None:
+    again = Finished(
+        key="rebuild/0/1",
+        worker="w",
+        outcome="done",
+        values={"best_checkpoint": "checkpoints/0"},
+        digests={"checkpoints/0": "f" * 16},
+    )
+    state = state_after(*trained(0, 0.5), Damaged(ref="checkpoints/0"), again)
+    assert (state.trials[0].best_checkpoint, state.trials[0].missing) == ("checkpoints/0", None)
+    assert state.digests == {"checkpoints/0": "f" * 16}
+    assert "rebuild/0/1" in state.results
+    state.apply(Damaged(ref="checkpoints/0"), 9.0)
+    assert state.trials[0].missing is Missing.DROPPED
+    assert state.results == {}
+
+
+def test_best_that_cannot_be_rebuilt_is_no_candidate_until_the_task_was_mended() -> None:
+    failed = Finished(key="rebuild/0/1", worker="w", outcome="crashed", message="ValueError: bad")
+    state = state_after(*trained(0, 0.5), Dropped(refs=("checkpoints/0",)), failed)
+    assert (state.trials[0].missing, state.candidates(1)) == (Missing.SPOILT, [])
+    state.apply(Ended(reason="failed"), 20.0)
+    state.apply(OPENED, 21.0)
+    assert state.candidates(1) == [state.trials[0]]
+    assert "rebuild/0/1" not in state.results
+
+
+def test_rebuild_of_an_epoch_that_was_bettered_meanwhile_changes_nothing() -> None:
+    late = Finished(key="rebuild/0/1", worker="w", outcome="done", values={"best_checkpoint": "checkpoints/0"})
+    events = [*trained(0, 0.5), Dropped(refs=("checkpoints/0",)), leased(0, 1, 3), finished(0, 1, 3, 0.4), late]
+    assert state_after(*events).trials[0].best_checkpoint == "checkpoints/0-3"
+
+
+def test_results_that_name_a_damaged_blob_are_forgotten() -> None:
+    events = [*trained(0, 0.5), evaluated(0), evaluated(1)]
+    state = state_after(*events, Damaged(ref="predictions/0"))
+    assert list(state.results) == ["evaluate/ensemble/1"]
+    assert "predictions/0" not in state.digests
+    state.apply(Damaged(ref="predictions/targets"), 9.0)
+    assert state.results == {}
+    assert state.trials[0].usable

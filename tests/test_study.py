@@ -233,6 +233,21 @@ def test_progress_of_an_unknown_job_is_passed_over(make: Callable[..., Study], c
     assert take(study, "w").trial == 0
 
 
+def test_job_that_hangs_whoever_takes_it_is_crashed_not_given_out_for_ever(
+    make: Callable[..., Study], clock: Clock
+) -> None:
+    study = make()
+    study.hello("w0", INFO)
+    job = take(study, "w0")
+    for n in range(1, MOST_DEATHS):
+        clock.now += FIRST_LEASE_S + 1
+        assert take(study, f"w{n}") == job
+    clock.now += FIRST_LEASE_S + 1
+    study.pull("other", slots=0)
+    trial = study.state.trials[job.trial]
+    assert (trial.crashes, trial.message) == (1, "no progress for 1800 s, 3 times")
+
+
 def test_lease_is_several_of_the_longest_silence_that_ended_well(make: Callable[..., Study], clock: Clock) -> None:
     study = make()
     study.hello("w", INFO)
