@@ -165,6 +165,7 @@ def make_stages(
             study_seed=spec.seed,
             metric=spec.metric.name.removeprefix("val_"),
             goal=spec.metric.goal,
+            confirmed=spec.confirm.trials if spec.confirm.enabled else 0,
             combine=spec.ensemble.enabled,
         )
         stages.append(EnsembleStage(settings, state, arrays=_verified(blobs, state)))

@@ -213,7 +213,8 @@ class Keeping:
         last, best = (result.values.get(name) for name in ("checkpoint", "best_checkpoint"))
         if rebuild is not None:
             key = self._state.trials[rebuild[0]].sort_key
-            prices[str(best)] = self._price_of_best(rebuild[0], key)
+            asked_for = price_of_best(key, 0, pool=self._pool, size=self._size)  # whatever its place by now
+            prices[str(best)] = max(self._price_of_best(rebuild[0], key), asked_for)
         elif train is not None:
             trial = self._state.trials[train[0]]
             epoch = result.epochs[-1].epoch if result.epochs else trial.epoch

@@ -57,6 +57,7 @@ class Improvement:
     objective: float  # minimised
 
 
+RETRIED = ("confirm/", "rebuild/", "evaluate/", "export/")  # jobs whose first crash may be an accident
 CHECKED = ("task", "parameters", "seed", "metric")  # what preflight's verdicts depend on, beside the code and the data
 
 
@@ -88,6 +89,7 @@ class StudyState:
     n_epochs: int = 0  # trained by all trials together
     n_leased_epochs: int = 0  # in workers' hands
     seats: dict[str, Arrived] = field(default_factory=dict)  # worker -> where its process began last
+    retried: set[str] = field(default_factory=set)  # keys of jobs that crashed once and are tried once more
     alone: set[str] = field(default_factory=set)  # keys of jobs that ran out of memory, to be tried without company
     improvements: list[Improvement] = field(default_factory=list)  # best-so-far of the search, in order
     confirmed: Confirmed | None = None
@@ -168,10 +170,10 @@ class StudyState:
         return float(metrics["val"]["loss"]) if isinstance(metrics, dict) else None
 
     @property
-    def winner(self) -> int | None:
-        """The trial that fresh seeds made the best; None where nothing was confirmed."""
+    def confirmed_order(self) -> tuple[int, ...]:
+        """The trials that were trained again with fresh seeds, the best first; empty where nothing was confirmed."""
         rows = self.confirmed.standings if self.confirmed is not None else ()
-        return int(str(rows[0]["trial"])) if rows else None
+        return tuple(int(str(row["trial"])) for row in rows)
 
     def candidates(self, n: int) -> list[TrialRecord]:
         """The best usable trials, at most `n`, best first.
@@ -400,6 +402,9 @@ class StudyState:
                 return  # it is tried once more
         else:
             self.alone.discard(event.key)
+        if event.outcome == "crashed" and event.key.startswith(RETRIED) and event.key not in self.retried:
+            self.retried.add(event.key)
+            return  # as a trial is: one accident decides nothing
         if event.trial is None:
             self.results[event.key] = event
             self.digests.update(event.digests)

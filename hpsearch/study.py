@@ -101,6 +101,7 @@ class Study:
                 self._forget_memory_of(workers)
             for event in self._keeping.begin():
                 self._record(event)
+            self._note_budget()  # one that is used up leaves the search ended, and what came after it valid
             for stage in self._stages:  # an edit may have given new work to several that were through
                 if stage.name in state.ended_stages and not stage.finished():
                     self._record(StageBegan(stage=stage.name))
@@ -121,8 +122,13 @@ class Study:
         """A worker's process has begun. What an earlier one of this name held is given out again."""
         with self._changed:
             seat = self._state.seats.get(worker)
-            if node == (seat.node if seat else ""):  # else its node has gone, which is no fault of the job's
+            same_node = node == (seat.node if seat else "")
+            if pid and seat is not None and same_node and pid == seat.pid:
+                return  # the call came twice
+            if same_node:  # else its node has gone, which is no fault of the job's, or of the task's
                 self._blame(worker)
+            else:
+                self._arrivals[worker] = 0
             self._let_go(worker, "its worker was restarted")
             self._lives[worker] += 1
             self._arrivals[worker] += 1
@@ -176,6 +182,9 @@ class Study:
                 self._expire_leases()
                 self._watch_budget()
                 jobs = self._give(worker, slots)
+                if not jobs and not self._state.leases:  # nobody else will bring what is to follow
+                    self._advance()
+                    jobs = self._give(worker, slots) if not self._ended else ()
                 if self._keeper is None:
                     self._commit_now()
                 left = deadline - self._clock()
@@ -453,6 +462,11 @@ class Study:
         return self._state.data is not None and not self._state.data.resumable
 
     def _watch_budget(self) -> None:
+        if self._note_budget():
+            self._advance()
+
+    def _note_budget(self) -> bool:
+        """Whether a limit is reached; the search is told."""
         spent = Spent(
             hours=(self._state.worked_s + self._clock() - self._began_at) / 3600,
             worker_hours=self._state.busy_s(self._journal.now()) / 3600,
@@ -464,7 +478,7 @@ class Study:
             for stage in self._stages:
                 if isinstance(stage, Search):
                     stage.end_budget()
-            self._advance()
+        return bool(self._spent)
 
     # Taking in
 
@@ -478,6 +492,8 @@ class Study:
                     self._keep_house()
                 except HpsearchError as error:
                     self._fail(error)
+                except Exception as error:
+                    self._fail(internal_error(error))
                 continue
             if batch is None:
                 return
@@ -589,7 +605,7 @@ class Study:
         """Record what follows from what is known, and end the stages that are through."""
         if self._ended:
             return
-        moved = True
+        moved, concluded = True, None
         while moved and not self._ended:
             moved = False
             open_stages = self._open_stages()
@@ -598,6 +614,8 @@ class Study:
                 return
             for stage in open_stages:
                 for event in self._conclusions(stage):
+                    assert event != concluded, f"{stage.name} concludes {event.type} twice"  # for ever, if nobody asked
+                    concluded = event
                     self._record(event)
                     moved = True
             first = open_stages[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -49,8 +50,8 @@ def test_best_few_are_confirmed_and_the_winner_is_told_with_its_optimism(tmp_pat
     assert {row["trial"] for row in state.confirmed.standings} == {t.number for t in state.candidates(3)}
     first = state.confirmed.standings[0]
     assert state.selected is not None
-    assert state.winner == state.selected.best == first["trial"]
-    best = state.trials[state.winner]
+    assert state.confirmed_order[0] == state.selected.best == first["trial"]
+    best = state.trials[state.confirmed_order[0]]
     assert first["searched"] == best.best_objective
     assert first["optimism"] == pytest.approx(0.1, abs=0.06)  # the fake's fresh runs are a tenth worse
     assert first["low"] < first["confirmed"] < first["high"]
@@ -72,7 +73,7 @@ def test_number_of_workers_changes_nothing_but_the_order(tmp_path: Path) -> None
     assert {k for k in one.results if k.startswith("confirm/")} <= {
         k for k in three.results if k.startswith("confirm/")
     }
-    assert one.winner == three.winner
+    assert one.confirmed_order[0] == three.confirmed_order[0]
 
 
 def test_journal_cut_anywhere_in_the_stage_gives_the_same_winner(tmp_path: Path) -> None:
@@ -118,3 +119,53 @@ def test_longer_training_confirms_again(tmp_path: Path) -> None:
     assert state.confirmed is not None
     assert any(key.split("/")[2] == "27" for key in state.results if key.startswith("confirm/"))
     assert sum(isinstance(entry.event, Confirmed) for entry in read_journal(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("overrides", [["ensemble.enabled=false"], ["ensemble.pool=2", "ensemble.size=2"]])
+def test_winner_that_the_search_ranked_third_is_delivered(tmp_path: Path, overrides: list[str]) -> None:
+    """Its checkpoint must be kept, or made again, though it is in no pool by the search's own order."""
+    state = run(tmp_path, *overrides, make_executor=lambda spec, folder: Upset())
+    third = state.candidates(3)[2].number
+    assert state.selected is not None
+    assert state.confirmed_order[0] == state.selected.best == third
+    assert state.done
+
+
+class Upset(fakes.FakeExecutor):
+    """Fresh runs turn the search's order around."""
+
+    def _confirm(self, job: ConfirmJob) -> Result:
+        result = super()._confirm(job)
+        loss = 2.0 - fakes.val_loss(job.config, job.epochs)
+        return dataclasses.replace(result, values={**result.values, "metrics": {"loss": loss}})
+
+
+def test_metric_that_only_a_loop_of_ones_own_tells_is_taken_from_its_val(tmp_path: Path) -> None:
+    class OwnMetric(fakes.FakeExecutor):
+        def _confirm(self, job: ConfirmJob) -> Result:
+            result = super()._confirm(job)
+            return dataclasses.replace(result, values={**result.values, "metrics": {"other": 1.0}})
+
+    state = run(tmp_path, make_executor=lambda spec, folder: OwnMetric())
+    assert state.confirmed is not None
+    assert state.confirmed.standings
+
+
+def test_fresh_run_that_crashes_once_is_tried_again_and_twice_is_out(tmp_path: Path) -> None:
+    class Accident(fakes.FakeExecutor):
+        def __init__(self, times: int) -> None:
+            super().__init__()
+            self.left = times
+
+        def _confirm(self, job: ConfirmJob) -> Result:
+            if job.key.endswith("/0") and self.left:
+                self.left -= 1
+                return Result(key=job.key, outcome="crashed", message="OSError: once", frame="task.py:1 in data")
+            return super()._confirm(job)
+
+    once = run(tmp_path / "once", make_executor=lambda spec, folder: Accident(1))
+    assert once.confirmed is not None
+    assert once.confirmed.out == ()
+    twice = run(tmp_path / "twice", make_executor=lambda spec, folder: Accident(2))
+    assert twice.confirmed is not None
+    assert len(twice.confirmed.standings) == 2

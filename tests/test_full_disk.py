@@ -119,3 +119,18 @@ def test_disk_that_is_full_for_the_journal_ends_the_launch_and_resume_goes_on(
         for number, trial in before.trials.items():
             assert after.trials[number].curve[: len(trial.curve)] == trial.curve
         assert outcome(run_dir) == uncut
+
+
+def test_budget_that_holds_two_checkpoints_is_said_and_kept_and_the_ensemble_still_comes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert launch(run_dir, "--set", "budget.disk=7KiB", "--set", "ensemble.size=3") == 0
+    told = capsys.readouterr()
+    assert "warning[disk]: no room for checkpoints/" in told.err
+    assert "hint: a larger budget.disk, then launch --resume, goes on with it" in told.err
+    assert "(ended by budget.disk: 7 KiB, which holds no more checkpoints)" in told.err
+    assert sum(path.stat().st_size for path in (run_dir / "checkpoints").iterdir()) <= 7 * 1024
+    state = StudyState.of(read_journal(run_dir))
+    assert state.done
+    assert state.selected is not None

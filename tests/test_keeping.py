@@ -330,6 +330,7 @@ def test_room_that_the_indispensable_fill_ends_the_search_and_the_ensemble_still
     refused = state.trials[int(full.ref[18:22])]
     assert refused.curve  # what could not be kept counts all the same
     assert refused.missing is Missing.NO_ROOM
+    assert not any(isinstance(job, RebuildJob) for job in TRAINED)
     assert state.selected is not None
     assert len(state.selected.pool) == 2
     assert all(state.trials[trial].best_checkpoint is not None for trial in state.selected.pool)

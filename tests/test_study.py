@@ -278,6 +278,67 @@ def test_result_that_comes_after_its_lease_counts_if_nobody_else_brought_it(
     assert take(study, "other") != job
 
 
+def test_study_ends_though_late_results_came_out_of_order(make: Callable[..., Study], clock: Clock) -> None:
+    study = make("search.trials=2", "early_stopping.max_epochs=1")
+    study.hello("late", INFO)
+    first, second = (take(study, "late") for _ in range(2))
+    clock.now = FIRST_LEASE_S + 1
+    study.pull("other", slots=0)
+    study.push("late", [answer(second)])
+    study.push("late", [answer(first)])
+    executor = fakes.FakeExecutor()
+    for _ in range(40):
+        study.push("late", [answer(job, executor) for job in study.pull("late", slots=4).jobs])
+    assert study.ended
+    assert study.failure is None
+
+
+def test_worker_whose_nodes_go_while_it_loads_its_data_is_not_blamed_on_the_task(make: Callable[..., Study]) -> None:
+    study = make()
+    for n in range(4 * MOST_DEATHS):
+        study.arriving("w", f"node-{n}", 100 + n)
+        study.lost("w", "its node went")
+    assert study.failure is None
+    for n in range(MOST_DEATHS + 1):
+        study.arriving("w", "node", n + 1)
+    assert study.failure is not None
+
+
+def test_disk_that_fails_while_nothing_happens_ends_the_study_with_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = open_study(tmp_path, parse_spec(SPACE), make_sampler=fakes.make_sampler, wait_s=0)
+
+    def fail(self: Study) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(Study, "_keep_house", fail)
+    deadline = time.monotonic() + 20
+    while study.failure is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert "internal error: PermissionError: read-only" in str(study.failure)
+    monkeypatch.undo()
+    study.close()
+
+
+def test_resume_after_the_budget_ended_the_search_keeps_what_came_after_it(tmp_path: Path) -> None:
+    spec = parse_spec(SPACE, overrides=["budget.epochs=6"])
+
+    def opened() -> Study:
+        return open_study(tmp_path, spec, make_sampler=fakes.make_sampler, wait_s=0, background=False)
+
+    study = opened()
+    study.hello("w", INFO)
+    while not any(key.startswith("evaluate/") for key in study.state.results):
+        study.push("w", [answer(job) for job in study.pull("w").jobs])
+    before = {key for key in study.state.results if key.startswith("evaluate/")}
+    study.close()
+    again = opened()
+    assert before <= set(again.state.results)
+    assert again.state.search_ended
+    again.close()
+
+
 def test_sign_of_life_after_the_lease_takes_the_job_back_unless_another_has_it(
     make: Callable[..., Study], clock: Clock
 ) -> None:

@@ -185,10 +185,8 @@ class StudyMachine(RuleBasedStateMachine):
     @rule(worker=worker_names, node=st.sampled_from(["", "n1", "n2"]), pid=st.integers(0, 3))
     def arrives(self, worker: str, node: str, pid: int) -> None:
         """A worker's process begins, for the first time or again; what the last one had sent may come later."""
-        held = [key for key, lease in self.play.study.state.leases.items() if lease.worker == worker]
-        if any(self.play.deaths[key] for key in held):  # a job that kills three processes is to blame: another test's
-            self.play.study.lost(worker)
-        self.play.deaths.update(held)
+        for key in [key for key, lease in self.play.study.state.leases.items() if lease.worker == worker]:
+            self.spare(key)
         self.leave(worker)
         self.play.study.arriving(worker, node, pid)
         answer = self.play.study.hello(worker, self.play.executor.describe())
@@ -254,7 +252,21 @@ class StudyMachine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.1, 5.0, INHERIT_S + 1, SHORTEST_LEASE_S + 1, FIRST_LEASE_S + 1]))
     def time_passes(self, seconds: float) -> None:
         """Up to more than any lease: silent workers lose their jobs, and go on with them."""
+        study = self.play.study
+        for key, limit in study._book.overdue(self.play.clock + seconds):
+            if limit != INHERIT_S:
+                self.spare(key)
         self.play.pass_time(seconds)
+
+    def spare(self, key: str) -> None:
+        """A job that goes wrong three times, by death or silence, is to blame, which is another test's matter.
+
+        So what went wrong once is taken from its worker before it goes wrong again.
+        """
+        lease = self.play.study.state.leases.get(key)
+        if lease is not None and self.play.deaths[key]:
+            self.play.study.lost(lease.worker)
+        self.play.deaths[key] += 1
 
     @rule(seconds=st.sampled_from([-3600.0, 86400.0]))
     def clock_is_set(self, seconds: float) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from hpsearch.events import Confirmed, Event, Finished, Opened
+from hpsearch.events import Confirmed, Damaged, Dropped, Event, Finished, Opened
 from hpsearch.intervals import mean_interval
 from hpsearch.job import ConfirmJob, Job
 from hpsearch.racing import Standing, next_run, standings
@@ -52,7 +52,8 @@ class Confirm:
         self._best: list[TrialRecord] | None = None  # as of the last event that could change it
 
     def apply(self, event: Event) -> None:
-        if isinstance(event, Opened) or (isinstance(event, Finished) and event.trial is not None):
+        trained = isinstance(event, Finished) and (event.trial is not None or event.key.startswith("rebuild/"))
+        if trained or isinstance(event, Opened | Dropped | Damaged):
             self._best = None
 
     def lost(self, worker: str) -> None:
@@ -79,7 +80,7 @@ class Confirm:
         scores = self._scores()
         table = standings(scores, seed=self._settings.study_seed)
         rows = [self._row(standing) for standing in table]
-        out = [trial.number for trial in self._candidates() if not scores.get(trial.number)]
+        out = [trial.number for trial in self._best or () if trial not in self._candidates()]
         return [Confirmed(epoch_of_search=self._state.n_epochs, standings=tuple(rows), out=tuple(out))]
 
     def finished(self) -> bool:
@@ -92,7 +93,16 @@ class Confirm:
         """The best few by the search's own score; those whose fresh run went wrong are out of the race."""
         if self._best is None:
             self._best = self._state.candidates(self._settings.trials)
-        return [trial for trial in self._best if not any(r.outcome != "done" for r in self._runs(trial).values())]
+        return [trial for trial in self._best if all(self._is_sound(run) for run in self._runs(trial).values())]
+
+    def _is_sound(self, run: Finished) -> bool:
+        """Whether a fresh run ended well, with a finite score."""
+        if run.outcome != "done":
+            return False
+        told = [run.values["metrics"], run.values["val"]]
+        metric = self._settings.metric
+        values = [found[metric] for found in told if isinstance(found, Mapping) and metric in found]
+        return bool(values) and math.isfinite(float(values[0]))
 
     def _job(self, trial: TrialRecord, index: int) -> ConfirmJob:
         return ConfirmJob(
@@ -124,9 +134,13 @@ class Confirm:
         }
 
     def _score(self, result: Finished) -> float:
-        metrics = result.values["metrics"]
+        """The run's score, minimised; of a metric that only the user's own loop tells, the one on val."""
+        metrics, val = result.values["metrics"], result.values["val"]
         assert isinstance(metrics, Mapping)
-        return (1.0 if self._settings.goal == "minimize" else -1.0) * float(metrics[self._settings.metric])
+        assert isinstance(val, Mapping)
+        metric = self._settings.metric
+        sign = 1.0 if self._settings.goal == "minimize" else -1.0
+        return sign * float(metrics[metric] if metric in metrics else val[metric])
 
     def _under_way(self) -> dict[int, int]:
         counts: dict[int, int] = {}

@@ -34,6 +34,7 @@ class EnsembleSettings:
     study_seed: int
     metric: str  # the study's metric without its split
     goal: Literal["minimize", "maximize"]
+    confirmed: int = 0  # trials of which fresh seeds choose the best
     combine: bool  # False: `ensemble: {enabled: false}`, the best single trial alone is measured and packaged
 
 
@@ -96,8 +97,9 @@ class EnsembleStage:
 
     @property
     def n_kept(self) -> tuple[int, int]:
-        """How many of the best trials are candidates, and how many may be members."""
-        return (self._settings.pool, self._settings.size) if self._settings.combine else (1, 1)
+        """How many of the best trials are candidates, for one thing or another, and how many may be members."""
+        pool, size = (self._settings.pool, self._settings.size) if self._settings.combine else (1, 1)
+        return max(pool, self._settings.confirmed), size
 
     # Jobs
 
@@ -194,7 +196,7 @@ class EnsembleStage:
         pool = self.pool()
         if not pool:
             return None
-        best = pool[0].number if self._state.winner is None else self._state.winner
+        best = next((n for n in self._state.confirmed_order if self._state.trials[n].usable), pool[0].number)
         if not self._settings.combine:
             return Selected(n_trials=self._settings.n_trials, best=best, pool=(best,), members=((best, 1.0),))
         if not self._is_over(self._pool_jobs()):

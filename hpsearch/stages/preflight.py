@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from hpsearch.checks import Check
+from hpsearch.checks import NAMES, Check
 from hpsearch.errors import HpsearchError, PreflightError, UserCodeError
 from hpsearch.events import Event
 from hpsearch.job import CheckJob, Config, Job
@@ -93,7 +93,22 @@ def checks(state: StudyState) -> list[Check]:
             if key.split("/")[:2] == ["check", kind]:
                 rows = result.values.get("checks")
                 found += [Check.of(row) for row in rows] if isinstance(rows, (list, tuple)) else []
+                if result.outcome not in ("done", "crashed"):  # twice, the second time with nothing beside it
+                    found.append(_could_not_be_asked(key, result.message))
     return found
+
+
+def _could_not_be_asked(key: str, message: str) -> Check:
+    return Check(
+        name=NAMES["builds"],
+        code="builds",
+        status="failed",
+        where=key.split("/", 2)[2] if key.count("/") > 1 else "",
+        found=message,
+        expected="a check that ends",
+        cause="out of memory: this network, or the data, is larger than the device",
+        look_at="lower the space's largest values, or the batch size",
+    )
 
 
 def preflight_error(failed: Collection[Check]) -> PreflightError:

@@ -319,6 +319,9 @@ class Search:
         assert trial is not None
         if self._again and self._again[0] == trial:
             heapq.heappop(self._again)
+        elif trial in self._again:  # announced by a worker whose lease had ended
+            self._again.remove(trial)
+            heapq.heapify(self._again)
         self._held = {
             worker: rest for worker, held in self._held.items() if (rest := [other for other in held if other != trial])
         }
