@@ -36,7 +36,6 @@ name: faults
 task: task.py:Task
 preflight: {enabled: false}
 search: {trials: 9}
-preflight: {enabled: false}
 parameters:
   lr: {distribution: log_uniform, min: 1e-5, max: 1.0}
   width: {values: [16, 32]}
