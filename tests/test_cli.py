@@ -96,7 +96,7 @@ def test_launch_json_is_one_object_with_the_contracts_keys(project: Path, capsys
     told = json.loads(out)
     assert set(told) == {
         "study", "run_dir", "seed", "epochs", "wall_s", "stages_s", "trials", "lr_range", "best", "diagnosis",
-        "ensemble", "mlflow",
+        "baselines", "ensemble", "mlflow",
     }  # fmt: skip
     assert told["trials"]["total"] == 8
     assert {row["branch"]["optimizer"] for row in told["lr_range"]} == {"adamw", "sgd"}
@@ -319,7 +319,7 @@ def test_all_problems_of_a_space_are_told_at_once(project: Path, capsys: pytest.
     edit(project, "search: {trials: 8}", "search: {trials: 0}\nserach: 1")
     assert run(["validate", "space.yaml"]) == 2
     err = capsys.readouterr().err
-    assert "space.yaml:4:18" in err
+    assert "space.yaml:5:18" in err
     assert "`serach`" in err
     assert "2 problems" in err
 
