@@ -175,11 +175,8 @@ def events(entries: list[Entry], kind: str, since: float = 0.0) -> list[tuple[fl
 
 
 def test_job_of_a_killed_worker_is_given_out_at_once_and_the_worker_is_back(tmp_path: Path, cluster: Any) -> None:
-    launch = launch_of(tmp_path)
     spec = parse_spec(SPACE, overrides=["search.trials=24"])  # work is left when the worker is back
-        SPACE, overrides=["search.trials=24"]
-    )  # work is left when the worker is back, on a busy machine too
-    launch = dataclasses.replace(launch, spec=spec)
+    launch = dataclasses.replace(launch_of(tmp_path), spec=spec)
     held: list[str] = []
 
     def kill(run: Run) -> bool:
