@@ -234,11 +234,13 @@ def _improving(val: _Shape) -> Diagnosis | None:
 
 def _plateaued(val: _Shape) -> Diagnosis:
     """What is left when nothing else is to be said: the last third brought little."""
-    fell = max(0.0, val.fall_over(1 / 3))
+    best = int(np.argmin(val.values))
+    lowest, last = float(val.values[best]), float(val.values[-1])
     return Diagnosis(
         finding=Finding.PLATEAUED,
-        words=f"val_loss fell by {fell:.3g} since epoch {math.floor(len(val.smooth) * 2 / 3) + 1}, to {val.last:.3g}",
-        numbers={"fell": fell, "last": val.last},
+        words=f"val_loss ends at {last:.3g}; its best was {lowest:.3g} at epoch {best + 1}, and the last third brought "
+        "little",
+        numbers={"best": lowest, "best_epoch": best + 1, "last": last},
     )
 
 
