@@ -12,7 +12,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -83,7 +83,10 @@ class BlobStore:
                 self._made.add(folder)
             # Several at once: the disk then commits them together (3.5 ms each one by one on a busy disk, 0.6 so).
             if len(blobs) > 1:
-                list(self._threads().map(self._write, blobs, blobs.values()))
+                writing = [self._threads().submit(self._write, ref, content) for ref, content in blobs.items()]
+                wait(writing)  # also when one has failed: nobody may find a file that was written afterwards
+                for written in writing:
+                    written.result()
             else:
                 for ref, content in blobs.items():
                     self._write(ref, content)
