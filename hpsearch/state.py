@@ -329,6 +329,7 @@ class StudyState:
     def _forgive(self) -> None:
         """The task was at fault and has been mended, or nobody would go on: what crashed may be tried again."""
         self.results = {key: result for key, result in self.results.items() if result.outcome != "crashed"}
+        self.retried.clear()
         for trial in self.trials.values():
             trial.crashes = 0 if not trial.failed else trial.crashes
             if trial.missing is Missing.SPOILT:

@@ -160,7 +160,8 @@ class Cluster:
     def _look(self) -> None:
         """Learn which node is which host."""
         told = self.head.check(sys.executable, "-c", NODES, env=self.env)
-        self.node_ids = json.loads(told.splitlines()[-1])
+        # Ray may say something after it, of a node that has just gone.
+        self.node_ids = json.loads(next(line for line in reversed(told.splitlines()) if line.startswith("{")))
         missing = [host.address for host in self.others if host.address not in self.node_ids]
         if missing:
             raise Failed(f"Ray does not know of {', '.join(missing)}")
