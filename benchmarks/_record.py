@@ -6,11 +6,14 @@ import datetime
 import json
 import os
 import platform
+import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).parent / "results"))
+"""Where records go; elsewhere for a trial run that must not replace one."""
 
 
 def cpu_name() -> str:
@@ -20,6 +23,15 @@ def cpu_name() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def gpu_names() -> list[str]:
+    """The GPUs of this machine, by the driver's word."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    asked = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    told = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return told.stdout.strip().splitlines() if told.returncode == 0 else []
 
 
 def keep(name: str, what: str, measured: object, *, packages: Sequence[str] = (), **more: object) -> Path:
@@ -32,15 +44,22 @@ def keep(name: str, what: str, measured: object, *, packages: Sequence[str] = ()
         more: settings of the run.
     """
     versions: Mapping[str, str] = {package: metadata.version(package) for package in packages}
+    hardware: dict[str, object] = {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "load_before(1min)": round(os.getloadavg()[0], 2),
+    }
+    if gpus := gpu_names():
+        hardware["gpus"] = gpus
     record = {
         "what": what,
         "date": datetime.date.today().isoformat(),
-        "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(), "load_before(1min)": round(os.getloadavg()[0], 2)},
+        "hardware": hardware,
         "versions": {"python": platform.python_version(), **versions},
         **more,
         "measured": measured,
     }
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"wrote {os.path.relpath(path)}")

@@ -1,249 +1,262 @@
-"""300 one-epoch trials of a tiny network on two workers: hpsearch against Ray Tune with its best settings, in one run.
+"""The same search by hpsearch, Ray Tune and Optuna: wall, CPU, milliseconds per trial and epoch, peak memory.
 
-    python benchmarks/engines.py
-    python benchmarks/engines.py --repeats 5
+    python benchmarks/engines.py                                       # digits, 60 and 300 trials: minutes
+    python benchmarks/engines.py --trials 60 300 3000 --data digits --data /data/mnist.npz
+    python benchmarks/engines.py --engines hpsearch tune-best --trials 300 --repeats 5 --set resources.lanes=1
 
-Both train the same configs (drawn once, from the same space), the same network, data and optimizer for one epoch on
-two worker processes of one thread each. Tune's best settings are those that were fastest when measured: actors
-reused, auto-loggers off, quiet, no checkpoints, results reported once, torch warmed up before the first trial is
-timed. hpsearch runs as users run it, `hpsearch launch`, with every result synced to disk, checkpoints kept, MLflow
-(SQLite), the ensemble and its export included in `whole`.
+All train the same configs (drawn once, at random, from the same space), the same networks, data and optimizer for the
+same number of epochs, one thread per process. Each runs in a process of its own; engines take turns, so that a machine
+that grows slower hurts all.
 
-Two ratios: the search (from the first trial's start on a worker that has its data to the last result) and the whole
-process, which for Tune has neither ensemble nor tracker in it. Runs alternate,
-so that a machine that grows slower hurts both; ratios are of the medians.
+    hpsearch         `hpsearch launch`, two workers: every result synced to disk, checkpoints kept, MLflow (SQLite)
+                     told. The ensemble and the checks before the search are off, since no peer does such work
+    tune-best        Ray Tune with the settings that were fastest when measured (peers/tune_best.py), two at a time
+    tune-stock       Ray Tune as its tutorial has it: a process per trial. At the smallest size alone, unless asked
+                     (--stock-everywhere); its ratio is per trial
+    optuna-one       Optuna in one process, storage in memory
+    optuna-two       Optuna in two processes on a journal
+
+`search` is from the first trial's start, in a process that has torch and the data, to the last result; `whole` is the
+command's wall time. `ms/trial` and `ms/epoch` are of the search. `CPU` is user and system time of the whole process
+tree, `peak` the largest sum of its resident memory, in which pages that two processes share count twice.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._record import keep
+from benchmarks._tree import Cost, run_measured
+from benchmarks.peers import launch
+from benchmarks.peers._order import Order, read_answer, write_order
 
-N_TRIALS = 300
-
-TASK = '''
-import torch
-import hpsearch
-
-
-def data():
-    """1,024 rows of 16 numbers in 4 classes, and as many more for val and test."""
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(4, 16, generator=generator)
-    y = torch.arange(3072) % 4
-    return centres[y] + torch.randn(3072, 16, generator=generator), y
-
-
-def network(width):
-    return torch.nn.Sequential(torch.nn.Linear(16, width), torch.nn.ReLU(), torch.nn.Linear(width, 4))
-
-
-class Tiny(hpsearch.Task):
-    def data(self):
-        x, y = data()
-        return hpsearch.Splits(
-            train=(x[:1024], y[:1024]), val=(x[1024:2048], y[1024:2048]), test=(x[2048:], y[2048:])
-        )
-
-    def model(self, config):
-        return network(config["width"])
-'''
-
-SPACE = f"""
-name: tiny
-task: tiny_task.py:Tiny
-search: {{method: random, trials: {N_TRIALS}}}
+SPACE = """
+name: engines
+task: {task}
+seed: 0
+search: {{method: random, trials: {trials}}}
 parameters:
   lr: {{distribution: log_uniform, min: 1e-4, max: 1e-1}}
   weight_decay: {{distribution: log_uniform, min: 1e-6, max: 1e-2}}
+  dropout: {{min: 0.0, max: 0.5}}
   batch_size: {{value: 64}}
-  width: {{values: [16, 32, 64]}}
-early_stopping: {{type: none, max_epochs: 1}}
-ensemble: {{pool: 20, size: 5}}
+  width: {{values: [32, 64, 128]}}
+early_stopping: {{type: none, max_epochs: {epochs}}}
+ensemble: {{enabled: false}}
+resources: {{threads: {threads}, gpus: {gpus}}}
 """
-
-TUNE = '''
-"""The same trials under Ray Tune. Prints seconds of the search and of the fit."""
-import json, logging, os, sys, tempfile, time
-
-os.environ.update(
-    RAY_AIR_NEW_OUTPUT="0", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_USAGE_STATS_ENABLED="0",
-    TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S="0", OMP_NUM_THREADS="1",
-)
-import ray
-from ray import tune
-
-configs = json.load(open(sys.argv[1]))
+PEERS = {
+    "tune-best": "tune_best",
+    "tune-stock": "tune_stock",
+    "optuna-one": "optuna_one",
+    "optuna-two": "optuna_journal",
+}
+ENGINES = ("hpsearch", *PEERS)
+COLUMNS = ("search(s)", "whole(s)", "CPU(s)", "ms/trial", "ms/epoch", "peak(MiB)")
 
 
-class Trainable(tune.Trainable):
-    """Reused actors: the data are loaded once per process, as hpsearch's workers do."""
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One search, by every engine."""
 
-    def setup(self, config):
-        import torch
-        import tiny_task
+    data: str  # "digits", or the path of mnist.npz
+    n_trials: int
+    epochs: int
+    rows: int
+    workers: int
+    threads: int
+    gpus: float
 
-        torch.set_num_threads(1)
-        if not hasattr(Trainable, "loaded"):
-            Trainable.loaded = tiny_task.data()
-            # One step beforehand, as hpsearch's workers do: torch loads a second's worth of modules with the first.
-            network = tiny_task.network(2)
-            optimizer = torch.optim.AdamW(network.parameters())
-            network(torch.zeros(2, 16)).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        self.begin(config)
+    @property
+    def name(self) -> str:
+        return "digits" if self.data == "digits" else f"mnist, {self.rows:,} rows"
 
-    def begin(self, config):
-        import torch
-        import tiny_task
-
-        self.began = time.time()
-        self.config = config["trial"]
-        torch.manual_seed(self.config["seed"])
-        self.network = tiny_task.network(self.config["width"])
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=self.config["lr"], weight_decay=self.config["weight_decay"], fused=True
+    @property
+    def space(self) -> str:
+        return SPACE.format(
+            task=launch.TASK, trials=self.n_trials, epochs=self.epochs, threads=self.threads, gpus=self.gpus
         )
 
-    def reset_config(self, new_config):
-        self.begin(new_config)
-        return True
 
-    def step(self):
-        import torch
-
-        x, y = Trainable.loaded
-        order = torch.randperm(1024)
-        x_epoch, y_epoch = x[:1024][order], y[:1024][order]
-        self.network.train()
-        for start in range(0, 1024, 64):
-            loss = torch.nn.functional.cross_entropy(
-                self.network(x_epoch[start : start + 64]), y_epoch[start : start + 64]
-            )
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-        self.network.eval()
-        with torch.no_grad():
-            output = self.network(x[1024:2048])
-            val_loss = torch.nn.functional.cross_entropy(output, y[1024:2048]).item()
-            accuracy = (output.argmax(1) == y[1024:2048]).float().mean().item()
-        return {"val_loss": val_loss, "val_accuracy": accuracy, "began": self.began, "ended": time.time(), "done": True}
-
-    def save_checkpoint(self, checkpoint_dir):
-        return None
-
-
-ray.init(
-    address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
-)
-with tempfile.TemporaryDirectory() as folder:
-    start = time.perf_counter()
-    results = tune.Tuner(
-        tune.with_resources(Trainable, {"cpu": 1}),
-        param_space={"trial": tune.grid_search(configs)},
-        tune_config=tune.TuneConfig(reuse_actors=True, metric="val_loss", mode="min"),
-        run_config=tune.RunConfig(storage_path=folder, verbose=0),
-    ).fit()
-    fit_s = time.perf_counter() - start
-    rows = [result.metrics for result in results]
-    search_s = max(row["ended"] for row in rows) - min(row["began"] for row in rows)
-    assert len(results) == len(configs) and not results.errors
-    best = results.get_best_result().metrics["val_loss"]
-ray.shutdown()
-print(json.dumps({"search(s)": search_s, "fit(s)": fit_s, "best_val_loss": best}))
-'''
-
-
-def run(command: list[str], folder: Path) -> tuple[dict[str, object], float]:
-    """The JSON that a command printed last, and its wall time in seconds."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
-    start = time.perf_counter()
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder, env=environment)
-    return json.loads(done.stdout.strip().splitlines()[-1]), time.perf_counter() - start
-
-
-def hpsearch(folder: Path, nth: int) -> dict[str, object]:
-    """One launch, as a user starts it."""
-    run_dir = folder / f"run-{nth}"
-    command = [
-        sys.executable, "-m", "hpsearch", "launch", "space.yaml", "--json", "--workers", "2",
-        "--run-dir", str(run_dir), "--tracking-uri", f"sqlite:///{folder}/mlflow-{nth}.db",
-    ]  # fmt: skip
-    told, whole_s = run(command, folder)
-    trials = told["trials"]
-    assert isinstance(trials, dict)
-    assert trials["complete"] == N_TRIALS, trials
-    stages = told["stages_s"]
-    best = told["best"]
-    assert isinstance(stages, dict)
-    assert isinstance(best, dict)
-    return {
-        "search(s)": stages["search"],
-        "whole(s)": round(whole_s, 2),
-        "best_val_loss": best["val"]["loss"],
-        "stages(s)": stages,
-    }
-
-
-def ray_tune(folder: Path) -> dict[str, object]:
-    """The same trials under Tune."""
-    told, whole_s = run([sys.executable, "tune_run.py", "configs.json"], folder)
-    return {
-        "search(s)": round(float(str(told["search(s)"])), 2),
-        "fit(s)": round(float(str(told["fit(s)"])), 2),
-        "whole(s)": round(whole_s, 2),
-        "best_val_loss": told["best_val_loss"],
-    }
-
-
-def draw_configs() -> list[dict[str, object]]:
-    """The configs that the launch draws, so that both engines train the same."""
+def draw_configs(space: str) -> list[dict[str, Any]]:
+    """The configs that a launch of a space draws, with the seeds of its trials, so that all engines train the same."""
     from hpsearch.sampler import RandomSampler, trial_seed
     from hpsearch.spec import parse_spec
 
-    spec = parse_spec(SPACE)
+    spec = parse_spec(space)
     sampler = RandomSampler(spec.space, spec.seed)
-    configs = (sampler.config(number, lambda _: {}) for number in range(N_TRIALS))
+    configs = (sampler.config(number, lambda _: {}) for number in range(spec.search.trials))
     return [{**(config or {}), "seed": trial_seed(spec.seed, n)} for n, config in enumerate(configs)]
+
+
+def parameters(space: str) -> dict[str, Any]:
+    """The parameters of a space.yaml, as they are written."""
+    from hpsearch.spec import parse_spec
+
+    found = parse_spec(space).dump()["parameters"]
+    assert isinstance(found, dict)
+    return found
+
+
+def row(*, search_s: float, n_trials: int, n_epochs: int, best_val_loss: float, cost: Cost) -> dict[str, float]:
+    """What one run is told by."""
+    return {
+        "search(s)": round(search_s, 3),
+        "whole(s)": round(cost.wall_s, 2),
+        "CPU(s)": round(cost.cpu_s, 2),
+        "ms/trial": round(1e3 * search_s / n_trials, 3),
+        "ms/epoch": round(1e3 * search_s / n_epochs, 3),
+        "peak(MiB)": round(cost.peak_mib),
+        "best_val_loss": round(best_val_loss, 5),
+    }
+
+
+def run_hpsearch(setting: Setting, folder: Path, overrides: Sequence[str]) -> dict[str, float]:
+    """One launch, as a user starts it."""
+    env = launch.environment(setting.data, setting.rows, setting.threads)
+    told, cost = launch.launch(
+        setting.space, folder, workers=setting.workers, env=env, flags=["--skip-preflight"], overrides=overrides
+    )
+    trials, stages, epochs, best = told["trials"], told["stages_s"], told["epochs"], told["best"]
+    assert isinstance(trials, dict)
+    assert isinstance(stages, dict)
+    assert isinstance(epochs, dict)
+    assert isinstance(best, dict)
+    assert trials["complete"] == setting.n_trials, trials
+    return row(
+        search_s=stages["search"],
+        n_trials=setting.n_trials,
+        n_epochs=epochs["search"],
+        best_val_loss=best["val"]["loss"],
+        cost=cost,
+    )
+
+
+def run_peer(engine: str, setting: Setting, folder: Path) -> dict[str, float]:
+    """The same trials by another tool."""
+    folder.mkdir(parents=True)
+    order = Order(
+        n_trials=setting.n_trials,
+        max_epochs=setting.epochs,
+        workers=setting.workers,
+        threads=setting.threads,
+        gpus=setting.gpus,
+        configs=tuple(draw_configs(setting.space)),
+        space=parameters(setting.space),
+    )
+    write_order(order, folder / "order.json")
+    command = [sys.executable, "-m", f"benchmarks.peers.{PEERS[engine]}", "order.json"]
+    env = launch.environment(setting.data, setting.rows, setting.threads)
+    cost = run_measured(command, cwd=folder, env=env)
+    answer = read_answer(cost.stdout)
+    return row(
+        search_s=answer.search_s,
+        n_trials=answer.n_trials,
+        n_epochs=answer.n_epochs,
+        best_val_loss=answer.best_val_loss,
+        cost=cost,
+    )
+
+
+def medians(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {column: statistics.median(run[column] for run in runs) for column in COLUMNS}
+
+
+def ratios(of: Mapping[str, float], ours: Mapping[str, float]) -> dict[str, float]:
+    """How many times as fast hpsearch is: over 1, it is faster."""
+    return {
+        "search": round(of["ms/trial"] / ours["ms/trial"], 2),
+        "whole": round(of["whole(s)"] / ours["whole(s)"], 2),
+        "CPU": round(of["CPU(s)"] / ours["CPU(s)"], 2),
+    }
+
+
+def compare(
+    setting: Setting, engines: Sequence[str], folder: Path, *, repeats: int, overrides: Sequence[str]
+) -> dict[str, object]:
+    """All engines' runs of a setting in turns, and the medians' table."""
+    runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in engines}
+    for repeat in range(repeats):
+        for engine in engines:
+            place = folder / f"{engine}-{repeat}"
+            if engine == "hpsearch":
+                found = run_hpsearch(setting, place, overrides)
+            else:
+                found = run_peer(engine, setting, place)
+            runs[engine].append(found)
+            print(f"  {engine}: {found}", flush=True)
+    print(f"\n{setting.name}: {setting.n_trials:,} trials of {setting.epochs} epochs, medians of {repeats}")
+    print(f"{'engine':>11}  " + "  ".join(f"{name:>10}" for name in COLUMNS) + "   search and whole over hpsearch's")
+    table = {engine: medians(runs[engine]) for engine in engines}
+    over = {}
+    for engine, values in table.items():
+        line = f"{engine:>11}  " + "  ".join(f"{values[name]:10,.1f}" for name in COLUMNS)
+        if engine != "hpsearch" and "hpsearch" in table:
+            over[engine] = ratios(values, table["hpsearch"])
+            line += f"   {over[engine]['search']:.2f}x  {over[engine]['whole']:.2f}x"
+        print(line)
+    print(flush=True)
+    return {
+        "data": setting.name,
+        "trials": setting.n_trials,
+        "epochs": setting.epochs,
+        "medians": table,
+        "times_as_fast": over,
+        "runs": runs,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else "")
+    parser.add_argument("--trials", type=int, nargs="+", default=[60, 300])
+    parser.add_argument("--data", action="append", help="digits, or the path of an mnist.npz; repeatable")
+    parser.add_argument("--rows", type=int, default=5_000, help="of MNIST that are trained on")
+    parser.add_argument("--epochs", type=int, default=3, help="of every trial")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--stock-everywhere", action="store_true", help="tune-stock at every size, not the smallest")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of torch, per process")
+    parser.add_argument("--gpus", type=float, default=0.0, help="per worker, such as 0.5; optuna shares the first")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], help="of hpsearch's space.yaml")
+    parser.add_argument("--name", default="engines", help="of the record in results/")
     args = parser.parse_args()
-    ours, theirs = [], []
+    measured = []
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "tiny_task.py").write_text(TASK)
-        (folder / "space.yaml").write_text(SPACE)
-        (folder / "tune_run.py").write_text(TUNE)
-        (folder / "configs.json").write_text(json.dumps(draw_configs()))
-        for nth in range(args.repeats):
-            ours.append(hpsearch(folder, nth))
-            print(f"hpsearch: {ours[-1]}", flush=True)
-            theirs.append(ray_tune(folder))
-            print(f"Ray Tune: {theirs[-1]}", flush=True)
-    ratios = {}
-    for what in ("search(s)", "whole(s)"):
-        mine, peer = (statistics.median(float(str(row[what])) for row in rows) for rows in (ours, theirs))
-        ratios[what] = round(peer / mine, 2)
-        print(f"{what}: hpsearch {mine:.2f}, Ray Tune at its best {peer:.2f}: {peer / mine:.2f} times as fast")
-    what = f"{N_TRIALS} one-epoch trials of a tiny network, two workers, seconds"
-    measured = {"hpsearch": ours, "ray_tune": theirs}
-    keep("engines", what, measured, packages=["torch", "ray", "mlflow"], ratios=ratios)
+        for data in args.data or ["digits"]:
+            for n_trials in sorted(args.trials):
+                setting = Setting(
+                    data=data if data == "digits" else str(Path(data).resolve()),
+                    n_trials=n_trials,
+                    epochs=args.epochs,
+                    rows=args.rows,
+                    workers=args.workers,
+                    threads=args.threads,
+                    gpus=args.gpus,
+                )
+                stock = args.stock_everywhere or n_trials == min(args.trials)
+                engines = [engine for engine in args.engines if engine != "tune-stock" or stock]
+                place = Path(name, f"{Path(data).stem}-{n_trials}")
+                measured.append(compare(setting, engines, place, repeats=args.repeats, overrides=args.overrides))
+    keep(
+        args.name,
+        "the same search by each engine; seconds, milliseconds and MiB as the columns say",
+        measured,
+        packages=["torch", "ray", "mlflow", "optuna"],
+        workers=args.workers,
+        threads=args.threads,
+        gpus=args.gpus,
+        overrides=args.overrides,
+    )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """A thousand workers and a hundred thousand trials through the real study, on a clock that is made up.
 
-    python benchmarks/scale.py                                  # 1,000 workers, 100,000 trials: minutes
-    python benchmarks/scale.py --workers 200 --trials 5000      # half a minute
+    python benchmarks/scale.py                                         # 100 to 100,000 trials: minutes
+    python benchmarks/scale.py --trials 100 1000 10000 --workers 200   # under a minute
 
 A simulation by events: every worker has a speed, every epoch takes a random time, and each push, pull and sign of life
 is the study's own method, over its own journal, checkpoints and stages (LR range, asynchronous halving, ensemble), on a
 real disk. What is told is the study's side alone: seconds inside its methods, and within these the waits for the disk.
 A study has one process; what it decides in a second bounds how many workers it can keep busy.
 
-Told as the study grows: milliseconds per trial (flat, or not), memory, bytes of the journal. Then, in turns, the same
-smaller study with no tracker and with one whose MLflow accepts the connection and never answers.
+Told for studies of each size, a process each and at most one worker for ten trials: milliseconds per trial (flat, or
+not), memory, size of the journal; and for the largest the same as it grows, each row since the row before. Then, in
+turns, a smaller study with no tracker and with one whose MLflow accepts the connection and never answers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import heapq
+import multiprocessing
 import os
 import random
 import socket
@@ -24,9 +26,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -38,6 +42,9 @@ from hpsearch.spec import parse_spec
 from hpsearch.state import StudyState
 from hpsearch.study import Study
 from tests import fakes
+
+if TYPE_CHECKING:
+    from _typeshed import FileDescriptorLike
 
 SPACE = """
 name: scale
@@ -53,7 +60,9 @@ ensemble: {pool: 20, size: 5}
 STAGES = ("lr_range", "search", "ensemble")
 EPOCH_S = 20.0  # on a worker of middling speed
 ASK_AGAIN_S = 10.0  # as workers do that got nothing
+SIZES = (100, 1_000, 10_000, 100_000)
 STEPS = (1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 200_000, 500_000, 1_000_000)
+TRIALS_PER_WORKER = 10  # at least, or most of a small study's cost would be workers that come and find nothing
 
 
 @dataclass(kw_only=True)
@@ -77,9 +86,9 @@ class Meter:
     def watching_the_disk(self) -> Iterator[None]:
         sync = os.fsync
 
-        def timed(handle: int) -> None:
+        def timed(fd: FileDescriptorLike) -> None:
             began = time.perf_counter()
-            sync(handle)
+            sync(fd)
             self.disk_s += time.perf_counter() - began
 
         os.fsync = timed
@@ -130,7 +139,7 @@ class Simulation:
 
     def _begin(self, worker: str) -> None:
         with self.meter.running():
-            self.study.arriving(worker, f"node-{hash(worker) % 250}", 1)
+            self.study.arriving(worker, f"node-{int(worker.removeprefix('worker-')) % 250}", 1)
             self.study.hello(worker, self._executor.describe())
         self._pull(worker)
 
@@ -173,8 +182,16 @@ def rss_mib() -> float:
         return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
 
 
-def measure(folder: Path, n_workers: int, n_trials: int) -> list[dict[str, float]]:
-    """One study; a row for each of STEPS on its way, costs since the row before."""
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A study from its first to its last trial."""
+
+    total: dict[str, float]
+    growth: list[dict[str, float]]  # a row for each of STEPS on its way, costs since the row before
+
+
+def measure(folder: Path, n_workers: int, n_trials: int) -> Measured:
+    """One study."""
     rows: list[dict[str, float]] = []
     last = Meter()
     reached = 0
@@ -194,7 +211,6 @@ def measure(folder: Path, n_workers: int, n_trials: int) -> list[dict[str, float
                 "journal(bytes/trial)": round((folder / FILE_NAME).stat().st_size / n),
             }
         )
-        print(f"{n:9,d}  " + "  ".join(f"{value:>20}" for value in list(rows[-1].values())[1:]), flush=True)
         reached = n
         last = Meter(study_s=meter.study_s, disk_s=meter.disk_s, n_pulls=meter.n_pulls, n_jobs=meter.n_jobs)
 
@@ -204,25 +220,59 @@ def measure(folder: Path, n_workers: int, n_trials: int) -> list[dict[str, float
             steps.pop(0)
 
     simulation = Simulation(folder, n_workers=n_workers, n_trials=n_trials)
-    header = ("study(ms/trial)", "of it disk(ms/trial)", "jobs given(1/s)", "memory(MiB)", "journal(bytes/trial)")
-    print(f"{'trials':>9}  " + "  ".join(f"{name:>20}" for name in header))
     began = time.perf_counter()
     simulation.run(watch)
     meter = simulation.meter
+    n_bytes = (folder / FILE_NAME).stat().st_size
     total = {
         "trials": n_trials,
+        "workers": n_workers,
+        "study(ms/trial)": round(1e3 * meter.study_s / n_trials, 3),
+        "of it disk(ms/trial)": round(1e3 * meter.disk_s / n_trials, 3),
+        "memory(MiB)": round(rss_mib()),
+        "journal(bytes/trial)": round(n_bytes / n_trials),
+        "journal(MB)": round(n_bytes / 1e6, 1),
         "wall(s)": round(time.perf_counter() - began, 1),
         "study(s)": round(meter.study_s, 1),
-        "of it disk(s)": round(meter.disk_s, 1),
         "pulls": meter.n_pulls,
         "jobs given": meter.n_jobs,
         "pulls and pushes(1/s)": round((meter.n_pulls + meter.n_jobs) / meter.study_s),
         "simulated(h)": round(simulation.now / 3600, 2),
-        "memory(MiB)": round(rss_mib()),
-        "journal(MB)": round((folder / FILE_NAME).stat().st_size / 1e6, 1),
     }
-    print("  ".join(f"{key} {value:,}" for key, value in total.items()))
-    return [*rows, total]
+    return Measured(total=total, growth=rows)
+
+
+def measure_sizes(folder: Path, n_workers: int, sizes: Sequence[int]) -> list[Measured]:
+    """A study of each size, each in a process of its own, so that its memory is its own."""
+    found: list[Measured] = []
+    for n_trials in sorted(sizes):
+        workers = max(1, min(n_workers, n_trials // TRIALS_PER_WORKER))
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            found.append(process.submit(measure, folder / f"run-{n_trials}", workers, n_trials).result())
+        if len(found) == 1:
+            show_header(TOTALS)
+        show_row(found[-1].total, TOTALS)
+    print(f"\nthe study of {sorted(sizes)[-1]:,} trials as it grew, costs since the row before")
+    show_header(GROWTH)
+    for row in found[-1].growth:
+        show_row(row, GROWTH)
+    print(flush=True)
+    return found
+
+
+TOTALS = (
+    *("workers", "study(ms/trial)", "of it disk(ms/trial)", "memory(MiB)", "journal(bytes/trial)", "journal(MB)"),
+    *("pulls and pushes(1/s)", "wall(s)"),
+)
+GROWTH = ("study(ms/trial)", "of it disk(ms/trial)", "jobs given(1/s)", "memory(MiB)", "journal(bytes/trial)")
+
+
+def show_header(columns: Sequence[str]) -> None:
+    print(f"{'trials':>9}  " + "  ".join(columns))
+
+
+def show_row(row: Mapping[str, float], columns: Sequence[str]) -> None:
+    print(f"{row['trials']:9,d}  " + "  ".join(f"{row[name]:>{len(name)},}" for name in columns), flush=True)
 
 
 @contextlib.contextmanager
@@ -265,19 +315,19 @@ def median_ratio(these: Sequence[float], those: Sequence[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else "")
-    parser.add_argument("--workers", type=int, default=1_000)
-    parser.add_argument("--trials", type=int, default=100_000)
+    parser.add_argument("--workers", type=int, default=1_000, help="at most, and one for ten trials")
+    parser.add_argument("--trials", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--mlflow-trials", type=int, default=2_000)
     parser.add_argument("--repeats", type=int, default=5, help="pairs with and without a silent MLflow")
     parser.add_argument("--folder", type=Path, default=None, help="on the disk to be measured")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        rows = measure(Path(name) / "run", args.workers, args.trials)
+        found = measure_sizes(Path(name), args.workers, args.trials)
         beside = with_and_without_mlflow(Path(name), args.workers, args.mlflow_trials, args.repeats)
     keep(
         "scale",
-        f"{args.workers:,} simulated workers, {args.trials:,} trials through the real study on a made-up clock",
-        {"growth": rows[:-1], "total": rows[-1], "silent_mlflow": beside},
+        f"up to {args.workers:,} simulated workers through the real study on a made-up clock, per size of the study",
+        {"sizes": [each.total for each in found], "growth": found[-1].growth, "silent_mlflow": beside},
         packages=["numpy", "scipy", "mlflow"],
         workers=args.workers,
         trials=args.trials,

@@ -21,6 +21,7 @@ from hpsearch.events import Opened, TrialDrawn
 from hpsearch.job import Config
 from hpsearch.journal import Journal
 from hpsearch.mirror import Mirror
+from hpsearch.own_config import same_config, sampled_below
 from hpsearch.restore import bring_over
 from hpsearch.rungs import StoppingRule, make_rule
 from hpsearch.sampler import Sampler, SobolSampler, ramp_config, trial_seed
@@ -29,6 +30,7 @@ from hpsearch.stages import Stage
 from hpsearch.stages.baselines import Baselines
 from hpsearch.stages.confirm import Confirm, ConfirmSettings
 from hpsearch.stages.ensemble import EnsembleSettings, EnsembleStage
+from hpsearch.stages.evaluate import Evaluate, EvaluateSettings
 from hpsearch.stages.lr_range import LrRange, LrRangeSettings
 from hpsearch.stages.preflight import Preflight, PreflightSettings
 from hpsearch.stages.search import Search, SearchSettings
@@ -38,7 +40,7 @@ from hpsearch.study import Study
 if TYPE_CHECKING:
     import numpy as np
 
-STAGES = ("preflight", "lr_range", "search", "baselines", "confirm", "ensemble")
+STAGES = ("preflight", "lr_range", "search", "baselines", "evaluate", "confirm", "ensemble")
 RAMP_SEEDS_FROM = 1 << 40  # trials never have such a number, so no ramp shares a trial's seed
 
 MakeSampler = Callable[[Spec], Sampler]
@@ -77,14 +79,15 @@ def open_study(
     journal = Journal.open(run_dir, clock=clock, steady=monotonic, wait_s=wait_s)
     try:
         before = [entry.event for entry in journal.entries if isinstance(entry.event, Opened)]
-        drawn = {e.event.trial: e.event.config for e in journal.entries if isinstance(e.event, TrialDrawn)}
+        drawn = {e.event.trial: e.event for e in journal.entries if isinstance(e.event, TrialDrawn)}
         if before:  # asked first: the stages of another study could make nothing of these events
-            check_resume(Spec.from_dump(dict(before[-1].spec)), spec, run_dir, drawn)
+            configs = {number: event.config for number, event in drawn.items()}
+            check_resume(Spec.from_dump(dict(before[-1].spec)), spec, run_dir, configs)
         state = StudyState()
         uid = (before[0].uid if before else uid) or uuid.uuid4().hex
         archive = Archive(spec.storage, spec.name, uid) if spec.storage else None
         blobs = BlobStore(run_dir, archive)
-        told = make_stages(spec, state, make_sampler(spec), blobs, stages, drawn=drawn)
+        told = make_stages(spec, state, make_sampler(spec), blobs, stages, drawn=drawn.values())
         for entry in journal.entries:
             state.apply(entry.event, entry.time)
             for stage in told:
@@ -139,12 +142,12 @@ def make_stages(
     blobs: BlobStore,
     names: tuple[str, ...] = STAGES,
     *,
-    drawn: Collection[int] = (),
+    drawn: Collection[TrialDrawn] = (),
 ) -> list[Stage]:
     """The stages that the spec asks for, in order.
 
     Args:
-        drawn: numbers of the trials that the study has, all of its journal's.
+        drawn: the trials that the study has, all of its journal's.
     """
     stages: list[Stage] = []
     if "preflight" in names and spec.preflight.enabled:
@@ -155,6 +158,15 @@ def make_stages(
         stages.append(_search(spec, state, sampler, drawn))
     if "baselines" in names:
         stages.append(Baselines(state, study_seed=spec.seed))
+    if "evaluate" in names and spec.evaluate.enabled:
+        settings_of_folds = EvaluateSettings(
+            trials=spec.evaluate.trials,
+            folds=spec.evaluate.folds,
+            repeats=spec.evaluate.repeats,
+            study_seed=spec.seed,
+            goal=spec.metric.goal,
+        )
+        stages.append(Evaluate(settings_of_folds, state))
     if "confirm" in names and spec.confirm.enabled:
         stages.append(_confirm(spec, state, blobs))
     if "ensemble" in names:
@@ -165,7 +177,10 @@ def make_stages(
             study_seed=spec.seed,
             metric=spec.metric.name.removeprefix("val_"),
             goal=spec.metric.goal,
-            confirmed=spec.confirm.trials if spec.confirm.enabled else 0,
+            confirmed=max(
+                spec.confirm.trials if spec.confirm.enabled else 0,
+                spec.evaluate.trials if spec.evaluate.enabled else 0,
+            ),
             combine=spec.ensemble.enabled,
         )
         stages.append(EnsembleStage(settings, state, arrays=_verified(blobs, state)))
@@ -247,10 +262,9 @@ def _lr_bounds(spec: Spec) -> tuple[float, float]:
     return spec.lr_range.min, spec.lr_range.max
 
 
-def _search(spec: Spec, state: StudyState, sampler: Sampler, drawn: Collection[int]) -> Search:
+def _search(spec: Spec, state: StudyState, sampler: Sampler, drawn: Collection[TrialDrawn]) -> Search:
     stopping = spec.early_stopping
-    # Those that were drawn stay when `trials` is lowered, and who waits for all trials waits for them too.
-    n_trials = len({*range(spec.search.trials), *drawn})
+    n_trials = n_in_all(spec, drawn)
 
     def new_rule() -> StoppingRule:
         return make_rule(
@@ -269,5 +283,16 @@ def _search(spec: Spec, state: StudyState, sampler: Sampler, drawn: Collection[i
         per=spec.per,
         measured=spec.space.measured if spec.measures_lr else (),
         stopping=spec.dump()["early_stopping"],
+        baseline=spec.baseline_config,
     )
     return Search(settings, state, sampler=sampler, make_rule=new_rule)
+
+
+def n_in_all(spec: Spec, drawn: Collection[TrialDrawn]) -> int:
+    """How many trials the search comes to have. Those that were drawn stay when `trials` is lowered, and who waits for
+    all trials waits for them too; a config of the user's own is one more."""
+    own = {event.trial: event.config for event in drawn if event.baseline}
+    wanted = spec.baseline_config
+    to_come = wanted is not None and not any(same_config(config, wanted) for config in own.values())
+    known = {*range(sampled_below(spec.search.trials, own)), *(event.trial for event in drawn)}
+    return len(known) + to_come

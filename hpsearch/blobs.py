@@ -31,6 +31,20 @@ def digest_of(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
+def write_beside(beside: Path, path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all: under another name in its folder, synced, then renamed."""
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # half a file would only take room
+            beside.unlink(missing_ok=True)
+        raise
+
+
 def is_checkpoint(ref: str) -> bool:
     """Whether the blob counts towards budget.disk."""
     return ref.startswith(f"{CHECKPOINTS}/")
@@ -102,16 +116,7 @@ class BlobStore:
     def _write(self, ref: str, content: bytes) -> None:
         path = self.path(ref)
         beside = path.with_name(path.name + _PART)
-        try:
-            with beside.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        except BaseException:
-            with contextlib.suppress(OSError):  # half a file would only take room
-                beside.unlink(missing_ok=True)
-            raise
+        write_beside(beside, path, content)
 
     def _count(self, refs: Collection[str]) -> None:
         for ref in filter(is_checkpoint, refs):

@@ -18,7 +18,7 @@ from hpsearch.archive import INLINE_BYTES, Archive, blob_name
 from hpsearch.blobs import digest_of
 from hpsearch.errors import DamagedBlob, InStorage, StorageError
 from hpsearch.job import DataInfo, Job, Result
-from hpsearch.worker import Executor, WearsOut
+from hpsearch.worker import Executor, HasLanes, More, WearsOut
 
 OUTAGE_S = 600.0  # that a worker with a large result waits for storage, before it tells the study that it is gone
 AGAIN_S = 5.0  # after a failure
@@ -58,7 +58,12 @@ class Carrier:
     def worn(self) -> str:
         return self._executor.worn() if isinstance(self._executor, WearsOut) else ""
 
-    def run(self, jobs: Sequence[Job], fetch: Callable[[str], bytes], progress: Progress) -> Iterator[Result]:
+    def fills(self, job: Job) -> bool:
+        return isinstance(self._executor, HasLanes) and self._executor.fills(job)
+
+    def run(
+        self, jobs: Sequence[Job], fetch: Callable[[str], bytes], progress: Progress, more: More | None = None
+    ) -> Iterator[Result]:
         """Results as the executor gives them, the large ones without their large blobs.
 
         Raises:
@@ -72,7 +77,17 @@ class Carrier:
             except InStorage as elsewhere:
                 return self._read(elsewhere, keys, progress)
 
-        for result in self._executor.run(jobs, fetch_here_or_there, progress):
+        def further(job: Job, n: int) -> Sequence[Job]:
+            assert more is not None
+            others = more(job, n)
+            keys.extend(other.key for other in others)
+            return others
+
+        if more is not None and isinstance(self._executor, HasLanes):
+            results = self._executor.run(jobs, fetch_here_or_there, progress, further)
+        else:
+            results = self._executor.run(jobs, fetch_here_or_there, progress)
+        for result in results:
             yield self._carried(result, keys, progress)
             if result.key in keys:
                 keys.remove(result.key)
@@ -93,21 +108,14 @@ class Carrier:
         for ref, content in sorted(result.blobs.items(), key=lambda item: len(item[1]), reverse=True):
             if n_bytes <= self._inline_bytes:
                 break
-            digest = digest_of(content)
-            self._patiently(partial(self._archive.storage.write, blob_name(ref, digest), content), keys, progress)
-            stored[ref] = digest
+            stored[ref] = self._patiently(partial(_store, self._archive, ref, content), keys, progress)
             n_bytes -= len(blobs.pop(ref))
         return dataclasses.replace(result, blobs=blobs, stored=stored)
 
     def _read(self, elsewhere: InStorage, keys: Sequence[str], progress: Progress) -> bytes:
         archive, ref, digest = self._archive, elsewhere.ref, elsewhere.digest
         assert archive is not None, "a study without storage said that a blob is there"
-        content = self._patiently(partial(archive.read_blob, ref, digest), keys, progress)
-        if content is None:
-            raise DamagedBlob(ref, "it is neither in the run directory nor in storage")
-        if digest and digest_of(content) != digest:
-            raise DamagedBlob(ref, f"its {len(content):,} bytes in storage are not those that were written")
-        return content
+        return self._patiently(partial(_stored, archive, ref, digest), keys, progress)
 
     def _patiently(self, work: Callable[[], T], keys: Sequence[str], progress: Progress) -> T:
         """What `work` gives, when storage can be reached; says meanwhile that the jobs at hand are alive."""
@@ -128,6 +136,23 @@ class Carrier:
                         break
                 time.sleep(self._again_s)
                 _say_alive(keys, progress)
+
+
+def _store(archive: Archive, ref: str, content: bytes) -> str:
+    """Write a blob to storage; its digest, which takes seconds of a large one too."""
+    digest = digest_of(content)
+    archive.storage.write(blob_name(ref, digest), content)
+    return digest
+
+
+def _stored(archive: Archive, ref: str, digest: str) -> bytes:
+    """A blob of storage, as it was written; else a DamagedBlob is raised."""
+    content = archive.read_blob(ref, digest)
+    if content is None:
+        raise DamagedBlob(ref, "it is neither in the run directory nor in storage")
+    if digest and digest_of(content) != digest:
+        raise DamagedBlob(ref, f"its {len(content):,} bytes in storage are not those that were written")
+    return content
 
 
 def _say_alive(keys: Sequence[str], progress: Progress) -> None:

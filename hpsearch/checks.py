@@ -46,6 +46,7 @@ NAMES: Mapping[str, str] = {
     "inputs": "the output depends on the inputs",
     "batch-leak": "one example's output ignores the others",
     "eval-mode": "evaluation repeats to the bit",
+    "train-eval": "your loop sets training and evaluation mode",
     "symmetry": "units of a layer differ",
     "activations": "few units are dead or saturated",
     "overfit-two": "two examples can be overfitted",

@@ -28,6 +28,7 @@ FIXED: Mapping[str, str] = {
     "metric.goal": "its trials were ranked by the old one, and their best epochs kept by it",
     "seed": "it cuts the ensemble split from val, and every config and trial's seed follows from it",
     "shuffle": "its trials saw their training rows in the old order",
+    "precision": "its trials were trained, and their checkpoints measured, in the old one",
 }
 CUT = "rows of val are set aside for it, so old and new trials would be ranked on other rows"
 
@@ -130,6 +131,15 @@ def _what_follows(key: str, old: Spec, new: Spec, configs: Mapping[int, Config])
             return "the ramps are run again, and new trials draw from what they give"
         case ["ensemble", "enabled"]:
             return "the ensemble is chosen again" if new.ensemble.enabled else "the best single trial is registered"
+        case ["baseline", *_]:
+            return _own_config(old, new)
+        case ["evaluate", "enabled"]:
+            on = new.evaluate.enabled
+            return "the best trials are cross-validated" if on else "nothing is cross-validated any more"
+        case ["evaluate", "folds"]:
+            return "the best trials are cross-validated again, on other folds"
+        case ["evaluate", _]:
+            return "the best trials are cross-validated again, with the folds that are trained"
         case ["confirm", "enabled"]:
             return "the best trials are confirmed" if new.confirm.enabled else "nothing is confirmed any more"
         case ["confirm", _]:
@@ -153,6 +163,14 @@ def _what_follows(key: str, old: Spec, new: Spec, configs: Mapping[int, Config])
         case ["resources" | "budget" | "mlflow" | "preflight" | "finish", *_]:
             return ""
     return None
+
+
+def _own_config(old: Spec, new: Spec) -> str:
+    if new.baseline is None:
+        return "its trial stays, as one among the others"
+    if old.baseline is None:
+        return "trained to the end beside the search, as one trial more"
+    return "trained as one trial more, the old config's stays"
 
 
 def _trials(before: int, after: int, configs: Mapping[int, Config]) -> str:
@@ -296,6 +314,8 @@ def _named(values: list[Value]) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, str):
         return value
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_shown(inner)}' for key, inner in value.items())}}}"
     return _number(value) if isinstance(value, float) else as_found(value)
 
 

@@ -78,6 +78,7 @@ class TrialDrawn:
     trial: int
     config: Config
     seed: int
+    baseline: bool = False  # the user's own config, one trial more than were asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,7 @@ class Leased:
     trial: int | None = None
     from_epoch: int = 0
     to_epoch: int = 0
+    beside: str = ""  # key of a job in this worker's hands whose program it was asked for to share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,7 @@ class Returned:
     key: str
     worker: str
     reason: str
+    blamed: bool = False  # the job may be why: a process or a machine died in it, or it hung
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +125,7 @@ class Finished:
     traceback: str = ""
     seconds: float = 0.0
     attempt: str = ""  # told where the job may be given out again: a copy of this result is no second failure
+    final: bool = False  # a crash that is no accident: the job is not tried again
     digests: Mapping[str, str] = field(default_factory=dict)  # ref -> digest of its bytes, of each blob that was kept
     stored: tuple[str, ...] = ()  # of these, refs that the worker put into storage, and that are not here
 
@@ -173,6 +177,19 @@ class Confirmed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """How the best few stand after cross-validation, the best first: trial, searched, mean, corrected, low, high,
+    epoch, folds, scores, chance; in the metric's own unit. Those that were given up come last, with fewer folds."""
+
+    type: ClassVar[str] = "evaluated"
+    epoch_of_search: int  # epochs that the search had trained; a search that went on evaluates again
+    folds: int
+    repeats: int
+    standings: tuple[Mapping[str, object], ...]
+    out: tuple[int, ...] = ()  # trials of which the training on some fold diverged or crashed
+
+
+@dataclass(frozen=True, kw_only=True)
 class Selected:
     """The ensemble that was chosen on the ensemble split."""
 
@@ -196,6 +213,8 @@ class Compared:
     over_baseline: Mapping[str, object] = field(default_factory=dict)
     """What is delivered minus the best prediction that ignores the inputs, on rows that chose nothing: metric, value,
     low, high, better (True or False; None: not known), split, n_rows."""
+    over_own: Mapping[str, object] = field(default_factory=dict)
+    """The best single trial minus the trial of the user's own config, with the same keys and `trial`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +257,7 @@ Event = (
     | Damaged
     | OutOfRoom
     | Stopped
+    | Evaluated
     | Confirmed
     | Selected
     | Compared
@@ -263,6 +283,7 @@ EVENT_TYPES: dict[str, type[Event]] = {
         Damaged,
         OutOfRoom,
         Stopped,
+        Evaluated,
         Confirmed,
         Selected,
         Compared,

@@ -14,6 +14,7 @@ from pathlib import Path
 from hpsearch.budget import size_text
 from hpsearch.corners import corners, end_of
 from hpsearch.errors import HpsearchError, SpecError
+from hpsearch.fold_race import FEWEST_FOLDS
 from hpsearch.job import Config
 from hpsearch.retention import n_kept_at_most
 from hpsearch.rungs import rung_epochs
@@ -109,9 +110,42 @@ def forecast(spec: Spec, folder: Path, run_dir: Path) -> DiskForecast:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class FoldForecast:
+    """What the stage `evaluate` trains: between two numbers of jobs, each of so many epochs at most."""
+
+    trials: int
+    fewest_jobs: int  # all but the winner are given up as soon as they can be
+    most_jobs: int
+    most_epochs: int  # of all jobs together
+
+    @classmethod
+    def of(cls, spec: Spec) -> FoldForecast | None:
+        """None where the stage is off."""
+        if not spec.evaluate.enabled:
+            return None
+        n_runs, trials = (
+            spec.evaluate.n_runs,
+            min(spec.evaluate.trials, spec.search.trials + (spec.baseline is not None)),
+        )
+        first = min(FEWEST_FOLDS, n_runs)
+        return cls(
+            trials=trials,
+            fewest_jobs=trials * first + n_runs - first,
+            most_jobs=trials * n_runs,
+            most_epochs=trials * n_runs * spec.early_stopping.max_epochs,
+        )
+
+    def line(self) -> str:
+        return (
+            f"folds: {self.fewest_jobs:,} to {self.most_jobs:,} trainings of the best {self.trials}, "
+            f"{self.most_epochs:,} epochs at most"
+        )
+
+
 def n_checkpoints(spec: Spec) -> int:
     """The most checkpoints that a study keeps at once."""
-    stopping, n_trials = spec.early_stopping, spec.search.trials
+    stopping, n_trials = spec.early_stopping, spec.search.trials + (spec.baseline is not None)
     pool, size = (spec.ensemble.pool, spec.ensemble.size) if spec.ensemble.enabled else (1, 1)
     rungs: tuple[int, ...] = ()
     overtaken = 1.0

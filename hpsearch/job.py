@@ -19,6 +19,7 @@ Config = dict[str, Value]
 """One value for every active parameter of a space; JSON through and through."""
 
 SplitName = Literal["train", "val", "ensemble", "test"]
+Precision = Literal["float32", "bf16"]
 Outputs = Literal["logits", "values", "binary_logits"]
 """What a model's output means: class logits, numbers, or one logit per independent yes/no label."""
 
@@ -92,6 +93,21 @@ class ConfirmJob:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FoldJob:
+    """Train a trial's config afresh on all folds but one, and follow it on that one."""
+
+    key: str  # "fold/17/27/5/0/3"
+    trial: int
+    config: Config
+    seed: int  # not the trial's
+    epochs: int
+    folds: int
+    repeat: int  # from 0; each cuts the rows anew
+    fold: int  # from 0; the one that is held out
+    kind: Literal["fold"] = "fold"
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckJob:
     """Ask the data, or a network of the space, what preflight asks."""
 
@@ -143,7 +159,9 @@ class ExportJob:
     kind: Literal["export"] = "export"
 
 
-Job = RampJob | ProbeJob | TrainJob | RebuildJob | ConfirmJob | CheckJob | BaselineJob | EvaluateJob | ExportJob
+Job = (
+    RampJob | ProbeJob | TrainJob | RebuildJob | FoldJob | ConfirmJob | CheckJob | BaselineJob | EvaluateJob | ExportJob
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +189,7 @@ class Result:
     train     {"checkpoint": ref | None, "best_checkpoint": ref | None, "resumable": bool, "n_parameters": int}; None
               for the best: an earlier job holds it. `epochs` beside `values` has the curve. So when it is "diverged".
     rebuild   {"best_checkpoint": ref}
+    fold      {"n_rows": {"train": int, "val": int}}; `epochs` beside `values` has the curve
     confirm   {"metrics": {…} of the ensemble split, "val": {…}, "epoch": int, "n_rows": int, "row_scores": ref}
     check     {"checks": [checks.Check as JSON, …]}
     baseline  {"metrics": {split: {…}}, "row_scores": {split: ref}}; "unusable" with a message where it makes no sense
@@ -238,6 +257,15 @@ def evaluation_key(split: str, members: Sequence[tuple[int, float]]) -> str:
     if len(members) == 1:
         return f"evaluate/{split}/{members[0][0]}"
     return f"evaluate/{split}/" + "+".join(f"{trial}*{weight:.6g}" for trial, weight in members)
+
+
+def fold_key(trial: int, epochs: int, folds: int, repeat: int, fold: int) -> str:
+    """Key of the job that trains a trial's config without one fold.
+
+    >>> fold_key(17, 27, 5, 0, 3)
+    'fold/17/27/5/0/3'
+    """
+    return f"fold/{trial}/{epochs}/{folds}/{repeat}/{fold}"
 
 
 def train_key(trial: int, from_epoch: int, to_epoch: int) -> str:

@@ -243,6 +243,8 @@ class Keeping:
     def _price_of_best(self, number: int, key: SortKey) -> Price:
         """Of a best checkpoint that is to come. What it would push out of the pool is judged with it in its place."""
         place = self._place(key) - (self._keys.get(number, key) < key)
+        if self._state.trials[number].baseline:
+            place = min(place, self._size)  # measured at the end, whatever its rank
         if place < self._pool:
             self._rank(number, key)
         return price_of_best(key, place, pool=self._pool, size=self._size)
@@ -339,6 +341,8 @@ class Keeping:
             chosen = self._state.selected
             is_chosen = chosen is not None and trial.number in {chosen.best, *(number for number, _ in chosen.members)}
             place = 0 if is_chosen else self._place(trial.sort_key)
+            if trial.baseline:
+                place = min(place, self._size)
             price = max(price, price_of_best(trial.sort_key, place, pool=self._pool, size=self._size))
         return price
 

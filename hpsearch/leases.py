@@ -1,4 +1,4 @@
-"""How long a job may stay in a worker's hands without a sign of life, and which jobs kill who takes them.
+"""How long a job may stay in a worker's hands without a sign of life.
 
 A lease lives by progress, not by a heartbeat, which would outlive a hung step. How long a silence is too long is
 measured: several times the longest one that ended well. The first sign of a job may take longer, since the first
@@ -7,7 +7,6 @@ batches load, compile and warm up. A decision of values: time comes in as an arg
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ SHORTEST_LEASE_OWN_LOOP_S = 3600.0  # another config's epoch may take many times
 SHORTEST_LEASE_S = 60.0
 SILENCES = 10.0  # times the longest silence that ended well
 INHERIT_S = 15.0  # that workers have to announce their jobs to a study whose process was restarted
-MOST_DEATHS = 3  # of workers' processes in one job, before the job is to blame
+MOST_DEATHS = 3  # of workers' processes or machines in one job, before the job is to blame
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,6 @@ class LeaseBook:
         self._deadlines: dict[str, float] = {}  # of inherited leases, until their worker is heard from
         self._longest_first = 0.0
         self._longest = 0.0
-        self._deaths: Counter[str] = Counter()
 
     def begin(self, key: str, now: float) -> None:
         """The job was given out."""
@@ -97,11 +95,3 @@ class LeaseBook:
             return FIRST_LEASE_OWN_LOOP_S if own_loop else FIRST_LEASE_S
         shortest_s = SHORTEST_LEASE_OWN_LOOP_S if own_loop else SHORTEST_FIRST_LEASE_S
         return max(shortest_s, self.lease_s, SILENCES * self._longest_first)
-
-    def died(self, key: str) -> bool:
-        """A worker's process died with this job in its hands. True: once too often, the job is to blame."""
-        self._deaths[key] += 1
-        if self._deaths[key] < MOST_DEATHS:
-            return False
-        del self._deaths[key]
-        return True

@@ -95,6 +95,7 @@ class Mirror:
         self._behind = ""  # why, as it was told; "" while all is well
         self._tell: Callable[[Event], None] = lambda event: None
         self._fail: Callable[[HpsearchError], None] = lambda error: None
+        self._speaking = threading.Lock()
         self._closing = threading.Event()
         self._close_by = float("inf")  # clock
         self._thread: threading.Thread | None = None
@@ -132,6 +133,8 @@ class Mirror:
         if self._thread is not None:
             self._thread.join(timeout_s)
         self._pool.shutdown(wait=False, cancel_futures=True)
+        with self._speaking:  # a thread that was given up, in the middle of something, has nobody to talk to
+            self._tell, self._fail = _unheard, _unheard
         return None if self._sent >= self._journal.n_bytes else self._lag(self._behind or "there was no time for it")
 
     # The thread
@@ -150,7 +153,8 @@ class Mirror:
                 self._say_behind(error.message)
             except _NotOurs as error:
                 self._behind = error.reason.message
-                self._fail(error.reason)
+                with self._speaking:
+                    self._fail(error.reason)
                 return
             except Exception as error:  # a defect of ours; the study need not end for it, but must not be silent
                 if time_module.monotonic() > self._close_by:
@@ -174,12 +178,14 @@ class Mirror:
         self._send_notes()
         if self._behind and self._sent >= self._folded:
             self._behind = ""
-            self._tell(StorageCaughtUp())
+            with self._speaking:
+                self._tell(StorageCaughtUp())
 
     def _say_behind(self, reason: str) -> None:
         if not self._behind:
             self._behind = reason
-            self._tell(self._lag(reason))
+            with self._speaking:
+                self._tell(self._lag(reason))
 
     def _lag(self, reason: str) -> StorageBehind:
         try:
@@ -336,3 +342,7 @@ def _chunks(names: Sequence[str], n: int) -> Iterator[list[str]]:
     rest = iter(names)
     while chunk := list(islice(rest, n)):
         yield chunk
+
+
+def _unheard(word: object) -> None:
+    """Nobody listens any more."""

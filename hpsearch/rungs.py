@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -83,7 +83,8 @@ class Standing:
 
 
 class StoppingRule(Protocol):
-    """Decides which trials go on. Every call costs O(rungs · log trials) comparisons."""
+    """Decides which trials go on. Every call costs O(rungs · log trials) comparisons; with `fits` or `prefer`,
+    `promotable` looks at each that may go on."""
 
     first_target: int
     """Epochs that a fresh trial trains for before anything is asked."""
@@ -106,8 +107,15 @@ class StoppingRule(Protocol):
         It keeps its place in the rungs that it reached with a finite value.
         """
 
-    def promotable(self) -> Promotion | None:
-        """The next paused trial that may go on, from the highest rung that has one. Looking changes nothing."""
+    def promotable(
+        self, fits: Callable[[int], bool] | None = None, prefer: Callable[[int], bool] | None = None
+    ) -> Promotion | None:
+        """The next paused trial that may go on, from the highest rung that has one. Looking changes nothing.
+
+        Args:
+            fits: of a trial: others are not wanted now.
+            prefer: of a trial: such a one is taken before a better one of its rung, since both may go on.
+        """
 
     def promote(self, trial: int, from_epoch: int) -> None:
         """The trial has been given out from that rung. Saying so twice is saying it once.
@@ -243,11 +251,26 @@ class _Ladder:
         for rung in self._highest_first:
             rung.release(trial)
 
-    def promotable(self) -> Promotion | None:
+    def promotable(
+        self, fits: Callable[[int], bool] | None = None, prefer: Callable[[int], bool] | None = None
+    ) -> Promotion | None:
         for rung in self._highest_first:
-            if rung.paused and self._may_go_on(rung, rung.rank(trial := rung.paused[0][1])):
-                return Promotion(trial=trial, from_epoch=rung.epoch, to_epoch=rung.next_epoch)
+            fitting = (trial for trial in self._free_to_go(rung) if fits is None or fits(trial))
+            first = next(fitting, None)
+            if first is None:
+                continue
+            trial = first
+            if prefer is not None and not prefer(first):
+                trial = next((other for other in fitting if prefer(other)), first)
+            return Promotion(trial=trial, from_epoch=rung.epoch, to_epoch=rung.next_epoch)
         return None
+
+    def _free_to_go(self, rung: _Rung) -> Iterator[int]:
+        """The paused trials of a rung that may leave it, best first."""
+        for _, trial in rung.paused:
+            if not self._may_go_on(rung, rung.rank(trial)):
+                return
+            yield trial
 
     def promote(self, trial: int, from_epoch: int) -> None:
         if from_epoch == self._max_epochs or not self._was_recorded(trial, from_epoch):

@@ -34,6 +34,9 @@ BLOCK = 256  # Sobol points drawn at once, 2 µs for each; a power of two, or Sc
 class Sampler(Protocol):
     """Gives trials their configs."""
 
+    in_any_order: bool
+    """Whether a trial's config is the same whenever it is asked for."""
+
     def config(self, number: int, bounds: BoundsOf) -> Config | None:
         """The config of trial `number`, counted from 0; None while its bounds are not measured."""
 
@@ -46,6 +49,8 @@ class Sampler(Protocol):
 
 class _CounterBased:
     """A sampler that asks nobody how earlier trials went."""
+
+    in_any_order = True
 
     def __init__(self, space: Space, study_seed: int) -> None:
         self._space = space

@@ -211,6 +211,16 @@ class Space:
                 found[name] = parameter.value_at(u, bounds.get(name))
         return {name: found[name] for name in self.names if name in found}
 
+    def completed(self, given: Mapping[str, Value]) -> Config:
+        """A config of the user's in the order of the file, with the values of constants that it leaves out."""
+        found = {name: _copied(value) for name, value in given.items()}
+        for index in self._order:
+            parameter = self.parameters[index]
+            active = all(condition.holds(found) for condition in parameter.conditions)
+            if active and parameter.kind == "constant":
+                found.setdefault(parameter.name, parameter.value_at(0.0))
+        return {name: found[name] for name in self.names if name in found}
+
     def branches(self, per: Sequence[str]) -> tuple[Config, ...]:
         """Every combination of the values of some categorical parameters that can occur, the first slowest.
 

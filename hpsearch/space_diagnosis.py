@@ -33,9 +33,12 @@ class Remark:
 
 
 def remarks(state: StudyState, space: Space, per: Sequence[str] = ()) -> tuple[Remark, ...]:
-    """All that can be said of a study so far; `per`: the parameters whose values make a branch of the LR range."""
-    trials = list(state.trials.values())
-    leaders = [trial for trial in state.ranking() if trial.usable][:LEADERS]
+    """All that can be said of a study so far; `per`: the parameters whose values make a branch of the LR range.
+
+    The user's own config, which was not drawn from the space, says nothing of it.
+    """
+    trials = [trial for trial in state.trials.values() if not trial.baseline]
+    leaders = [trial for trial in state.ranking() if trial.usable and not trial.baseline][:LEADERS]
     said = [*edges(leaders, space, state.ranges, per), *infeasible(trials, space)]
     capacity = nothing_overfits(state)
     return (*said, capacity) if capacity is not None else tuple(said)

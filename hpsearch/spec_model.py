@@ -30,7 +30,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from hpsearch.checks import NAMES
-from hpsearch.job import Scalar, Value
+from hpsearch.job import Config, Precision, Scalar, Value
 from hpsearch.metric_names import NAMED_METRICS
 from hpsearch.space import Condition, Parameter, Space, same_value
 from hpsearch.storage import read_uri
@@ -182,8 +182,8 @@ def _custom(custom: dict[str, float]) -> dict[str, float]:
 
 
 def _lanes(lanes: object) -> object:
-    if isinstance(lanes, bool | float):  # to Python, True and 1.0 are 1
-        raise _slip("option", f"`{{key}}` is auto or 1 (got {as_found(lanes)})")
+    if lanes != "auto" and (isinstance(lanes, bool) or not isinstance(lanes, int) or lanes < 1):
+        raise _slip("option", f"`{{key}}` is auto or a whole number of at least 1 (got {as_found(lanes)})")
     return lanes
 
 
@@ -467,6 +467,20 @@ class Confirm(Section):
     seeds: int = Field(default=3, ge=1, description="the most fresh seeds that each of them gets")
 
 
+class Evaluate(Section):
+    """Cross-validates the best trials on folds of train and val together. Writing it switches it on."""
+
+    enabled: bool = Field(default=True, description="false: the val split alone ranks")
+    folds: int = Field(default=5, ge=2, description="parts that the rows are cut into; each is held out once")
+    repeats: int = Field(default=1, ge=1, description="how often the rows are cut anew")
+    trials: int = Field(default=8, ge=1, description="how many of the best trials are cross-validated")
+
+    @property
+    def n_runs(self) -> int:
+        """Folds of all repeats: the most trainings that one trial gets."""
+        return self.folds * self.repeats
+
+
 class Ensemble(Section):
     """Chooses checkpoints that help each other."""
 
@@ -497,8 +511,10 @@ class Resources(Section):
         description="further resources of Ray's, by name: {highmem: 1, accelerator_type:A100: 0.001}; with several "
         "GPUs shared evenly among the worker's processes",
     )
-    lanes: Annotated[Literal["auto", 1], BeforeValidator(_lanes)] = Field(
-        default="auto", description="trials that a worker trains at once; 1: bit-exact"
+    lanes: Annotated[Literal["auto"] | int, BeforeValidator(_lanes)] = Field(
+        default="auto",
+        description="trials of one shape that a worker trains at once, in one program; auto: as many as measured to "
+        "pay; 1: bit-exact",
     )
     threads: int = Field(default=1, ge=1, description="threads of a worker's arithmetic; a setting of the study")
 
@@ -573,6 +589,12 @@ class Spec(Section):
         description="values of the study's metric to be held against, by name: {human: 0.98}; measured by themselves: "
         "ignoring the inputs, and a linear model",
     )
+    baseline: dict[str, AnyValue] | None = Field(
+        default=None,
+        description="a config of yours, a value for each parameter; trained to the end beside the search, as one trial "
+        "more: {lr: 3e-4, width: 128}",
+    )
+    evaluate: Evaluate = Evaluate(enabled=False)
     confirm: Confirm = Confirm(enabled=False)
     ensemble: Ensemble = Ensemble()
     resources: Resources = Resources()
@@ -585,6 +607,11 @@ class Spec(Section):
     )
     shuffle: bool = Field(
         default=True, description="whether each epoch has an order of its own; false for data in sequence"
+    )
+    precision: Precision = Field(
+        default="float32",
+        description="of the networks' forward passes; bf16: bfloat16 where torch's autocast holds it to be safe, all "
+        "else in float32",
     )
 
     @model_validator(mode="before")
@@ -611,6 +638,11 @@ class Spec(Section):
         """Metrics that are asked for by name: those listed, and the one that trials are ranked by."""
         ranked = self.metric.name.removeprefix("val_")
         return tuple(dict.fromkeys([*self.metrics, *([ranked] if ranked in NAMED_METRICS else [])]))
+
+    @cached_property
+    def baseline_config(self) -> Config | None:
+        """The user's own config, whole, in the order of the file; a parameter of one value need not be written."""
+        return None if self.baseline is None else self.space.completed(self.baseline)
 
     @property
     def cuts_val(self) -> bool:
@@ -658,7 +690,7 @@ class Spec(Section):
         """
         return tuple(_differences(old.dump(), new.dump(), ""))
 
-    NOT_BUILT: ClassVar[frozenset[str]] = frozenset({"baseline", "evaluate", "distill", "precision"})
+    NOT_BUILT: ClassVar[frozenset[str]] = frozenset({"distill"})
 
 
 Choices.model_rebuild()

@@ -15,6 +15,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from hpsearch.errors import Problem
+from hpsearch.job import Value
+from hpsearch.own_config import config_slips
 from hpsearch.space import Parameter, Space, condition_circle, same_value
 from hpsearch.spec_model import (
     FORMS,
@@ -103,11 +105,6 @@ def _without_unbuilt(raw: Mapping[str, Any], report: _Report) -> dict[str, Any]:
     for key in [key for key in kept if key in Spec.NOT_BUILT]:
         refuse((key,), f"`{key}`", "leave it out")
         del kept[key]
-    section = _section(kept, "resources")
-    lanes = section.get("lanes")
-    if isinstance(lanes, int) and not isinstance(lanes, bool) and lanes > 1:
-        refuse(("resources", "lanes"), f"`lanes: {lanes}`", "write lanes: auto or lanes: 1", at_key=False)
-        del section["lanes"]
     section = _section(kept, "early_stopping")
     if section.get("type") == "hyperband":
         refuse(("early_stopping", "type"), "`type: hyperband`", "write type: asha, sha, median or none", at_key=False)
@@ -162,6 +159,11 @@ _ELSEWHERE = {  # another tool's word -> (whose it is, what it is called here)
     "num_gpus": ("Ray", "resources.gpus"),
     "cpu": ("Ray", "resources.cpus"),
     "gpu": ("Ray", "resources.gpus"),
+    "points_to_evaluate": ("Ray", "baseline"),
+    "enqueue_trial": ("Optuna", "baseline"),
+    "cv": ("scikit-learn", "evaluate.folds"),
+    "n_splits": ("scikit-learn", "evaluate.folds"),
+    "n_repeats": ("scikit-learn", "evaluate.repeats"),
     "experiment_name": ("MLflow", "mlflow.experiment"),
     "model_name": ("MLflow", "mlflow.registered_model"),
     "registered_model_name": ("MLflow", "mlflow.registered_model"),
@@ -417,8 +419,21 @@ def _check_relations(spec: Spec, raw: Mapping[str, Any], report: _Report) -> Non
         for parameter in Space(parameters=parameters).never():
             what = f"`{parameter.name}` can never occur: its conditions exclude each other"
             report.add("never", _way_to(parameter.name, spec), what, "mend its `when`, or leave it out")
+        if spec.baseline is not None and len(report.problems) == before:
+            _check_baseline(spec.baseline, Space(parameters=parameters), report)
     _check_bounds_from(spec, report)
     _check_per(spec, parameters, known, report)
+    if spec.evaluate.enabled and not spec.shuffle:
+        what = "`evaluate` cuts the rows into folds by chance, and shuffle: false says that their order matters"
+        hint = "leave `evaluate` out: a later part of the sequence as val is the honest measure there"
+        report.add("folds", ("evaluate",), what, hint, at_key=True)
+
+
+def _check_baseline(given: Mapping[str, Value], space: Space, report: _Report) -> None:
+    """A config of the user's has a value for each parameter that it calls for, and no other."""
+    for slip in config_slips(space, given):
+        way = ("baseline",) if slip.name is None else ("baseline", slip.name)
+        report.add("baseline", way, slip.what, slip.hint, at_key=True)
 
 
 def _way_to(name: str, spec: Spec) -> Loc:

@@ -20,6 +20,7 @@ from hpsearch.events import (
     DataSeen,
     Dropped,
     Ended,
+    Evaluated,
     Event,
     Finished,
     Leased,
@@ -57,7 +58,7 @@ class Improvement:
     objective: float  # minimised
 
 
-RETRIED = ("confirm/", "rebuild/", "evaluate/", "export/")  # jobs whose first crash may be an accident
+RETRIED = ("fold/", "confirm/", "rebuild/", "evaluate/", "export/")  # jobs whose first crash may be an accident
 CHECKED = ("task", "parameters", "seed", "metric")  # what preflight's verdicts depend on, beside the code and the data
 
 
@@ -83,6 +84,8 @@ class StudyState:
     out_of_room: bool = False  # budget.disk holds no more of what cannot be done without
     leases: dict[str, Leased] = field(default_factory=dict)  # in workers' hands, by key
     returned: set[str] = field(default_factory=set)  # keys of jobs that were given out and came back without a result
+    deaths: Counter[str] = field(default_factory=Counter)  # key of a job -> how often it came back and may be why
+    machine_went: bool = False  # the earlier driver's machine went down under it, and is back
     began: dict[str, float] = field(default_factory=dict)  # stage -> time of its (latest) start
     stage_s: dict[str, float] = field(default_factory=dict)  # stage -> seconds spent, over all drivers
     ended_stages: set[str] = field(default_factory=set)
@@ -92,6 +95,7 @@ class StudyState:
     retried: set[str] = field(default_factory=set)  # keys of jobs that crashed once and are tried once more
     alone: set[str] = field(default_factory=set)  # keys of jobs that ran out of memory, to be tried without company
     improvements: list[Improvement] = field(default_factory=list)  # best-so-far of the search, in order
+    evaluated: Evaluated | None = None
     confirmed: Confirmed | None = None
     selected: Selected | None = None
     compared: Compared | None = None
@@ -175,6 +179,26 @@ class StudyState:
         rows = self.confirmed.standings if self.confirmed is not None else ()
         return tuple(int(str(row["trial"])) for row in rows)
 
+    @property
+    def own_trial(self) -> TrialRecord | None:
+        """The trial of the user's own config, of the present one where it was edited; None where there is none."""
+        baseline = self.opened.spec.get("baseline") if self.opened is not None else None
+        own = [trial for trial in self.trials.values() if trial.baseline]
+        if not isinstance(baseline, Mapping):
+            return None
+        return next(
+            (trial for trial in reversed(own) if all(trial.config.get(k) == v for k, v in baseline.items())), None
+        )
+
+    @property
+    def leaders(self) -> tuple[int, ...]:
+        """Trials whose order was looked into after the search, the best first, by the last word on it; empty where the
+        search's own scores decide."""
+        if self.confirmed is not None:
+            return self.confirmed_order
+        rows = self.evaluated.standings if self.evaluated is not None else ()
+        return tuple(int(str(row["trial"])) for row in rows)
+
     def candidates(self, n: int) -> list[TrialRecord]:
         """The best usable trials, at most `n`, best first.
 
@@ -256,14 +280,17 @@ class StudyState:
                     number=event.trial,
                     config=event.config,
                     seed=event.seed,
+                    baseline=event.baseline,
                     max_epochs=self._max_epochs,
                     drawn_at=time,
                 )
             case Leased():
                 self._lease(event, time)
-            case Returned(key=key):
+            case Returned(key=key, blamed=blamed):
                 self._release(key, time)
                 self.returned.add(key)
+                if blamed:
+                    self.deaths[key] += 1
             case Finished():
                 self._finish(event, time)
             case Stopped(trial=number):
@@ -276,6 +303,8 @@ class StudyState:
                 self._damage(ref)
             case OutOfRoom():
                 self.out_of_room = True
+            case Evaluated():
+                self.evaluated = event
             case Confirmed():
                 self.confirmed = event
             case Selected():
@@ -310,16 +339,23 @@ class StudyState:
                 self.selected = self.compared = None  # chosen by other settings
             if self.opened.spec.get("confirm") != spec.get("confirm"):
                 self.confirmed = self.selected = self.compared = None
+            if _asked(self.opened.spec, "evaluate") != _asked(spec, "evaluate"):
+                self.evaluated = self.confirmed = self.selected = self.compared = None
+            if self.opened.spec.get("baseline") != spec.get("baseline"):
+                self.compared = None  # it is told against the other config
             if _part(self.opened.spec, "budget", ("disk",)) != _part(spec, "budget", ("disk",)):
                 self._make_room()
             if self.opened.spec != spec:
                 self.edited = True
                 self.returned.clear()  # nobody would be given these jobs any more, or not for the same reason
                 self._forget_ranges(self.opened.spec, spec)
+            if self.opened.code != event.code:
+                self.deaths.clear()  # of a task that has been mended since
             if self.opened.code != event.code or any(self.opened.spec.get(k) != spec.get(k) for k in CHECKED):
                 self.results = {k: v for k, v in self.results.items() if not k.startswith("check/")}
         if self.ended is not None and self.ended.reason == "failed":
             self._forgive()
+        self.machine_went = self.opened is not None and self.ended is None and _went_down(self.opened, event)
         self.opened = event
         self.resumed_at.append(time)
         self.ended = None
@@ -330,6 +366,7 @@ class StudyState:
         """The task was at fault and has been mended, or nobody would go on: what crashed may be tried again."""
         self.results = {key: result for key, result in self.results.items() if result.outcome != "crashed"}
         self.retried.clear()
+        self.deaths.clear()
         for trial in self.trials.values():
             trial.crashes = 0 if not trial.failed else trial.crashes
             if trial.missing is Missing.SPOILT:
@@ -352,8 +389,8 @@ class StudyState:
     def _forget_ensemble(self) -> None:
         """The search goes on: trials get other checkpoints, so what was measured of the old ones holds no longer."""
         self.results = {k: v for k, v in self.results.items() if not k.startswith(("evaluate/", "export/"))}
-        self.confirmed = self.selected = self.compared = None
-        for stage in ("confirm", "ensemble"):
+        self.evaluated = self.confirmed = self.selected = self.compared = None
+        for stage in ("evaluate", "confirm", "ensemble"):
             self.ended_stages.discard(stage)
             self.began.pop(stage, None)
 
@@ -397,13 +434,15 @@ class StudyState:
     def _finish(self, event: Finished, time: float) -> None:
         self._release(event.key, time)
         self.returned.discard(event.key)
+        self.deaths.pop(event.key, None)
         if event.outcome == "out_of_memory" and event.key not in self.alone:
             self.alone.add(event.key)
             if event.trial is None:
                 return  # it is tried once more
         else:
             self.alone.discard(event.key)
-        if event.outcome == "crashed" and event.key.startswith(RETRIED) and event.key not in self.retried:
+        accident = event.outcome == "crashed" and not event.final
+        if accident and event.key.startswith(RETRIED) and event.key not in self.retried:
             self.retried.add(event.key)
             return  # as a trial is: one accident decides nothing
         if event.trial is None:
@@ -434,7 +473,8 @@ class StudyState:
         if event.outcome == "done":
             self._compare_with_best(trial, time)
         # One retry with the same seed: a second crash of the same trial is no accident.
-        trial.failed = trial.crashes > 1 or (event.outcome == "out_of_memory" and event.key not in self.alone)
+        alone = event.outcome == "out_of_memory" and event.key not in self.alone
+        trial.failed = trial.crashes > 1 or event.final or alone
 
     # Checkpoints
 
@@ -536,9 +576,21 @@ def lr_bounds(parameters: object) -> list[tuple[object, object]]:
     return found
 
 
+def _went_down(before: Opened, now: Opened) -> bool:
+    """Whether the machine of a driver was started anew before the next driver; False where that is not known."""
+    hosts, boots = ([str(event.environment.get(key) or "") for event in (before, now)] for key in ("host", "boot"))
+    return hosts[0] == hosts[1] and all(boots) and boots[0] != boots[1]
+
+
 def _part(spec: Mapping[str, object], section: str, keys: tuple[str, ...]) -> list[object]:
     found = spec.get(section)
     return [found.get(key) if isinstance(found, Mapping) else None for key in keys]
+
+
+def _asked(spec: Mapping[str, object], stage: str) -> Mapping[str, object] | None:
+    """A stage's settings; None where it is off, as it is in the journal of a version that did not know it."""
+    found = spec.get(stage)
+    return found if isinstance(found, Mapping) and found.get("enabled") else None
 
 
 def _names(values: object, ref: str) -> bool:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
+from hpsearch.blobs import write_beside
 from hpsearch.errors import StorageError
 
 if TYPE_CHECKING:
@@ -246,16 +247,9 @@ class _Folder:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f"{path.name}{_BESIDE}{uuid.uuid4().hex}")
         try:
-            with beside.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
+            write_beside(beside, path, content)
         except FileNotFoundError:
             raise self._no_root() from None  # it went away meanwhile: nobody else deletes folders here
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
 
     def read(self, name: str) -> bytes:
         return Path(name).read_bytes()

@@ -1,9 +1,10 @@
 """The study: gives out jobs, records results. One per launch, the only writer of the journal.
 
-Workers pull jobs and push results, from threads or from Ray actors. What is pushed counts when it is on disk: a
-keeper thread writes the blobs, then the journal, in batches, and only then is the state told; so nobody who asks for
-work waits for a disk. Every decision is taken by a stage; this module owns what stages must not: the lock, the clock,
-the leases.
+Workers pull jobs and push results, from threads or from Ray actors. A keeper thread writes the blobs of what was
+pushed; then the result is an event like any other, and the thread brings the journal to disk; so nobody who asks for
+work waits for a disk. Events are applied in the order in which they stand in the journal, each before the next is
+decided: who reads them again comes by the same state, and a crash can lose the end of a study, never its middle. Every
+decision is taken by a stage; this module owns what stages must not: the lock, the clock, the leases.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from hpsearch.journal import Journal
 from hpsearch.keeping import Admission, Keeping
 from hpsearch.leases import INHERIT_S, MOST_DEATHS, LeaseBook, Seat
 from hpsearch.mirror import Mirror
-from hpsearch.stages import Stage
+from hpsearch.stages import FillsLanes, Stage
 from hpsearch.stages.preflight import Preflight
 from hpsearch.stages.search import Search
-from hpsearch.state import Entry, StudyState
+from hpsearch.state import StudyState
 from hpsearch.triage import Crash, common_crash, no_usable_trial
 
 MOST_FALSE_STARTS = 3  # deaths of one worker before it has loaded its data
@@ -81,6 +82,8 @@ class Study:
         self._lives: Counter[str] = Counter()  # how often a worker of this name has arrived
         self._arrivals: Counter[str] = Counter()  # since it last got as far as its data
         self._unkept: Counter[str] = Counter()  # results of a worker that do not count yet
+        self._crashed: set[str] = set()  # workers that pushed a crash last
+        self._delivered: dict[str, str] = {}  # worker -> sort of the job whose result it pushed last
         self._suspects: set[str] = set()  # keys of jobs that shared a worker when its process died; given out singly
         # A failed job is given out again under its key, so a copy of the failure must be told from another failure.
         self._attempts = {e.event.attempt for e in journal.entries if isinstance(e.event, Finished)} - {""}
@@ -96,8 +99,7 @@ class Study:
                 self._book.inherit(state.leases, clock())
                 self._unheard = workers | {lease.worker for lease in state.leases.values()}
             else:
-                for lease in list(state.leases.values()):
-                    self._record(Returned(key=lease.key, worker=lease.worker, reason="the driver went"))
+                self._take_back()
                 self._forget_memory_of(workers)
             for event in self._keeping.begin():
                 self._record(event)
@@ -126,7 +128,7 @@ class Study:
             if pid and seat is not None and same_node and pid == seat.pid:
                 return  # the call came twice
             if same_node:  # else its node has gone, which is no fault of the job's, or of the task's
-                self._blame(worker)
+                self._blame(worker, "its worker was restarted")
             else:
                 self._arrivals[worker] = 0
             self._let_go(worker, "its worker was restarted")
@@ -167,8 +169,12 @@ class Study:
         self._commit_now()
         return Assignment()
 
-    def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0) -> Assignment:
-        """Up to `slots` jobs; empty when `timeout_s` passed without one."""
+    def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0, beside: Job | None = None) -> Assignment:
+        """Up to `slots` jobs; empty when `timeout_s` passed without one.
+
+        Args:
+            beside: a job that the worker has, or had last: only such as may share its program are wanted.
+        """
         deadline = self._clock() + timeout_s
         with self._changed:
             life = self._lives[worker]
@@ -181,10 +187,10 @@ class Study:
                     return Assignment()  # whoever asked has died meanwhile
                 self._expire_leases()
                 self._watch_budget()
-                jobs = self._give(worker, slots)
+                jobs = self._give(worker, slots, beside)
                 if not jobs and not self._state.leases:  # nobody else will bring what is to follow
                     self._advance()
-                    jobs = self._give(worker, slots) if not self._ended else ()
+                    jobs = self._give(worker, slots, beside) if not self._ended else ()
                 if self._keeper is None:
                     self._commit_now()
                 left = deadline - self._clock()
@@ -206,6 +212,12 @@ class Study:
         with self._changed:
             self._unheard.discard(worker)
             self._unkept[worker] += len(results)
+            for result in results:
+                self._delivered[worker] = _sort(result.key)
+            if any(result.outcome == "crashed" for result in results):
+                self._crashed.add(worker)
+            else:
+                self._crashed.discard(worker)
         if self._keeper is not None:
             self._inbox.put([(worker, result) for result in results])
         else:
@@ -246,7 +258,7 @@ class Study:
         """
         with self._changed:
             if blame_job:
-                self._blame(worker)
+                self._blame(worker, reason)
             self._let_go(worker, reason)
             self._gone.add(worker)
             self._unheard.discard(worker)
@@ -314,35 +326,41 @@ class Study:
 
     # Giving out
 
-    def _give(self, worker: str, slots: int) -> tuple[Job, ...]:
+    def _give(self, worker: str, slots: int, beside: Job | None) -> tuple[Job, ...]:
         """Several jobs only where they are alike, as trials that begin are; the rest is for whoever comes first."""
         jobs: list[Job] = []
         data = self._state.data
         if data is not None and not data.resumable and self._unkept[worker]:
             return ()  # the trial in its memory may be told to go on
+        if worker in self._crashed and self._unkept[worker]:
+            return ()  # it may be the crash that ends the study, and a slow disk no reason to run into it again
         if any(self._state.is_alone(lease.key) for lease in self._neighbours(worker)):
             return ()
         held = self._held_by(worker) if self._suspects else []
         if any(lease.key in self._suspects for lease in held):
             return ()
         while len(jobs) < slots:
-            job = self._next_job(worker)
-            if job is None or (jobs and not _alike(jobs[0], job)):
+            job = self._next_job(worker, beside)
+            if job is None or (jobs and beside is None and not _alike(jobs[0], job)):
                 break
             if self._state.is_alone(job.key) and (jobs or self._neighbours(worker)):
                 break  # it ran out of memory beside others: they end what they have, and nothing new is begun here
+            if self._is_last_chance(job.key) and any(self._is_last_chance(n.key) for n in self._neighbours(worker)):
+                break  # should the machine go down once more, there must be no doubt of what
             suspect = job.key in self._suspects
             if suspect and (jobs or held):
                 break  # should this process die as well, there must be no doubt of what
-            self._lease(job, worker)
+            self._lease(job, worker, beside)
             jobs.append(job)
             if suspect:
                 break
+            if beside is None and self._delivered.get(worker, _sort(job.key)) != _sort(job.key):
+                break  # how short its jobs are was measured on others
         return tuple(jobs)
 
     def _neighbours(self, worker: str) -> list[Leased]:
-        """What is being run on the worker's node, by itself too. Asked only when a job has run out of memory."""
-        if not self._state.alone:
+        """What is being run on the worker's node, by itself too; told only when a job has done harm."""
+        if not self._state.alone and not self._state.deaths:
             return []
         seats = self._state.seats
         node = seats[worker].node if worker in seats else ""
@@ -352,9 +370,12 @@ class Study:
             if (seats[lease.worker].node if lease.worker in seats else "") == node
         ]
 
-    def _next_job(self, worker: str) -> Job | None:
+    def _next_job(self, worker: str, beside: Job | None) -> Job | None:
         for stage in self._open_stages():
-            job = stage.next_job(worker)
+            if beside is None:
+                job = stage.next_job(worker)
+            else:
+                job = stage.next_beside(worker, beside) if isinstance(stage, FillsLanes) else None
             if job is not None:
                 if stage.name not in self._state.began or stage.name in self._state.ended_stages:
                     self._record(StageBegan(stage=stage.name))
@@ -370,17 +391,23 @@ class Study:
     def _through(self, stage: Stage) -> bool:
         return stage.name in self._state.ended_stages
 
-    def _lease(self, job: Job, worker: str) -> None:
+    def _lease(self, job: Job, worker: str, beside: Job | None) -> None:
         for stage in self._stages:
             drawn = stage.drawn(job) if isinstance(stage, Search) else None
             if drawn is not None:
                 self._record(drawn)
+        shared = "" if beside is None else beside.key
         if isinstance(job, TrainJob):
             event = Leased(
-                key=job.key, worker=worker, trial=job.trial, from_epoch=job.from_epoch, to_epoch=job.to_epoch
+                key=job.key,
+                worker=worker,
+                trial=job.trial,
+                from_epoch=job.from_epoch,
+                to_epoch=job.to_epoch,
+                beside=shared,
             )
         else:
-            event = Leased(key=job.key, worker=worker)
+            event = Leased(key=job.key, worker=worker, beside=shared)
         self._record(event)
         self._book.begin(job.key, self._clock())
 
@@ -414,32 +441,51 @@ class Study:
             for stage in self._stages:
                 stage.lost(worker)
 
-    def _blame(self, worker: str) -> None:
+    def _take_back(self) -> None:
+        """What an earlier driver had given out goes to others.
+
+        That a driver was killed says nothing of its jobs. That its machine went down does, where all were there.
+        """
+        leases, seats = list(self._state.leases.values()), self._state.seats
+        nodes = {seats[lease.worker].node if lease.worker in seats else "" for lease in leases}
+        for lease in leases:
+            if self._state.machine_went and len(nodes) == 1:
+                message = f"the machine went down {MOST_DEATHS} times with this job at work"
+                self._blame_job(lease.key, "its machine went down", message, final=True)
+            else:
+                self._return(lease.key, "the driver went")
+
+    def _blame(self, worker: str, reason: str) -> None:
         """A process died by itself; of which of several jobs, nobody knows before each has had a process of its own."""
         held = [lease.key for lease in self._held_by(worker) if lease.key not in self._pushed]
-        if len(held) == 1:
-            self._count_death(held[0])
-        else:
+        if len(held) != 1:
             self._suspects.update(held)
-
-    def _count_death(self, key: str) -> None:
-        """A process died with this job in its hands; a job that keeps killing them is not given out for ever."""
-        self._blame_job(
-            key, f"the worker's process died {MOST_DEATHS} times in this job (out of memory, or a crash in native code)"
-        )
-
-    def _blame_job(self, key: str, message: str) -> None:
-        """What went wrong in this job is counted; at the third time it has crashed, with the message."""
-        if key in self._pushed or not self._book.died(key):
             return
-        lease = self._state.leases[key]
-        self._record(Finished(key=key, worker=lease.worker, outcome="crashed", trial=lease.trial, message=message))
-        self._book.end(key)
+        cause = "out of memory, or a crash in native code"
+        self._blame_job(held[0], reason, f"the worker's process died {MOST_DEATHS} times in this job ({cause})")
         self._advance()
 
-    def _return(self, key: str, reason: str) -> None:
+    def _blame_job(self, key: str, reason: str, message: str, *, final: bool = False) -> None:
+        """A job comes back and may be why, which the journal counts: one that kills or hangs whoever takes it is not
+        given out for ever. At the third time it has crashed, with the message."""
+        if self._state.deaths[key] + 1 < MOST_DEATHS:
+            self._return(key, reason, blamed=True)
+        elif key not in self._pushed:
+            lease = self._state.leases[key]
+            self._record(
+                Finished(
+                    key=key, worker=lease.worker, outcome="crashed", trial=lease.trial, message=message, final=final
+                )
+            )
+            self._book.end(key)
+
+    def _is_last_chance(self, key: str) -> bool:
+        """Whether a job has crashed if it comes back once more."""
+        return self._state.deaths[key] == MOST_DEATHS - 1
+
+    def _return(self, key: str, reason: str, *, blamed: bool = False) -> None:
         if key not in self._pushed:
-            self._record(Returned(key=key, worker=self._state.leases[key].worker, reason=reason))
+            self._record(Returned(key=key, worker=self._state.leases[key].worker, reason=reason, blamed=blamed))
             self._book.end(key)
 
     def _expire_leases(self) -> None:
@@ -448,10 +494,12 @@ class Study:
             return
         self._looked_at = now
         for key, limit in self._book.overdue(now, own_loop=self._own_loop):
-            if limit != INHERIT_S:  # a config that hangs whoever takes it is not given out for ever
-                self._blame_job(key, f"no progress for {limit:.0f} s, {MOST_DEATHS} times")
-            if key in self._state.leases:
-                self._return(key, f"no progress for {limit:.0f} s")
+            silence = f"no progress for {limit:.0f} s"
+            if limit == INHERIT_S:
+                self._return(key, silence)
+            else:
+                self._blame_job(key, silence, f"{silence}, {MOST_DEATHS} times")
+                self._advance()
         if self._unheard and now - self._began_at > INHERIT_S:
             silent, self._unheard = self._unheard, set()
             for worker in silent:
@@ -483,7 +531,7 @@ class Study:
     # Taking in
 
     def _keep(self) -> None:
-        """The keeper thread: results in, in batches, each on disk before it counts."""
+        """The keeper thread: results in, in batches; their blobs are on disk before they count."""
         while True:
             try:
                 batch = self._inbox.get(timeout=COMMIT_EVERY_S)
@@ -523,14 +571,9 @@ class Study:
             fresh = [pair for pair in fresh if not self._gave_back(pair[1])]
         admission, digests = self._keep_blobs([result for _, result in fresh])
         with self._changed:
-            entries = [
-                self._journal.append(_finished(worker, result, self._state, admission, digests))
-                for worker, result in fresh
-            ]
-        self._keep_house()
-        with self._changed:
-            for entry, (worker, result) in zip(entries, fresh, strict=True):
-                self._apply(entry)
+            events = [_finished(worker, result, self._state, admission, digests) for worker, result in fresh]
+            for event, (worker, result) in zip(events, fresh, strict=True):
+                self._record(event)
                 if worker in self._gone:  # lost while its result was kept: no trial may wait for its memory
                     for stage in self._stages:
                         stage.lost(worker)
@@ -538,16 +581,15 @@ class Study:
                 self._suspects.discard(result.key)
                 self._book.heard(result.key, self._clock())
                 self._book.end(result.key)
-                assert isinstance(entry.event, Finished)
-                self._look_for_common_crash(entry.event)
+            for event in events:  # the end of the study comes after all that was known by then
+                self._look_for_common_crash(event)
             for worker, _ in batch:
                 self._unkept[worker] -= 1
             self._advance()
-            for event in () if self._ended else self._keeping.sweep():
-                self._record(event)
+            for dropped in () if self._ended else self._keeping.sweep():
+                self._record(dropped)
             self._changed.notify_all()
-        if self._keeper is None:
-            self._commit_now()
+        self._keep_house()
 
     def _keep_blobs(self, results: Sequence[Result]) -> tuple[Admission, dict[str, str]]:
         """Write the blobs of some results, after room was made for their checkpoints, and tell the digests."""
@@ -644,13 +686,11 @@ class Study:
             self._finish("done")
 
     def _record(self, event: Event) -> None:
-        self._apply(self._journal.append(event))
-
-    def _apply(self, entry: Entry) -> None:
-        self._state.apply(entry.event, entry.time)
+        entry = self._journal.append(event)
+        self._state.apply(event, entry.time)
         for stage in self._stages:
-            stage.apply(entry.event)
-        self._keeping.apply(entry.event)
+            stage.apply(event)
+        self._keeping.apply(event)
 
     def _tell(self, event: Event) -> None:
         """Record what the mirror has to say."""
@@ -688,6 +728,15 @@ def _alike(first: Job, job: Job) -> bool:
     if isinstance(first, TrainJob) and isinstance(job, TrainJob):
         return first.from_epoch == job.from_epoch == 0
     return first.kind == job.kind
+
+
+def _sort(key: str) -> str:
+    """What a job is for.
+
+    >>> _sort("train/5/0-1")
+    'train'
+    """
+    return key.partition("/")[0]
 
 
 def _failed_attempt(result: Result) -> str:

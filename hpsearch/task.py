@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from hpsearch.errors import Problem, SpecError, UserCodeError
-from hpsearch.job import Config, Outputs
+from hpsearch.job import Config, Outputs, Precision
 from hpsearch.task_source import TASK, task_problems
 
 if TYPE_CHECKING:
@@ -90,6 +90,9 @@ class Task:
     metric_names: tuple[str, ...] = ()
     """Metrics by name beside those of `metrics`: f1, roc_auc, r2 and others; those of space.yaml's `metrics` and
     `metric` come in here by themselves."""
+
+    precision: Precision = "float32"
+    """Of forward(), "bf16" for bfloat16 under autocast; space.yaml's `precision` comes in here by itself."""
 
     def data(self) -> Splits:
         """The splits. Called once per worker, and must give every worker the same: seed what is random."""

@@ -107,6 +107,8 @@ class TpeSampler:
     Source: Bergstra et al. 2011; Falkner et al. 2018, arXiv:1807.01774 (multivariate); as Optuna builds it.
     """
 
+    in_any_order = False
+
     def __init__(self, space: Space, study_seed: int) -> None:
         self._space = space
         self._study_seed = study_seed

@@ -35,6 +35,7 @@ class TrialRecord:
     seed: int
     max_epochs: int
     drawn_at: float  # unix time, s
+    baseline: bool = False  # the user's own config
     started_at: float | None = None
     ended_at: float | None = None  # of the last result
     curve: list[EpochMetrics] = field(default_factory=list)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from hpsearch.events import Confirmed, Evaluated
 from hpsearch.job import evaluation_key
 from hpsearch.space_diagnosis import Remark, findings, reference, remarks
 from hpsearch.spec import Spec
 from hpsearch.state import StudyState
 from hpsearch.trial import TrialRecord, TrialState
 
-STAGE_NAMES = ("preflight", "lr_range", "search", "baselines", "confirm", "ensemble")
+STAGE_NAMES = ("preflight", "lr_range", "search", "baselines", "evaluate", "confirm", "ensemble")
 ALWAYS_TOLD = ("lr_range", "search", "ensemble")  # though they took no time
 
 
@@ -51,6 +52,7 @@ def verdict(
         "best": _best(state),
         "diagnosis": diagnosis(state),
         "baselines": baselines(state),
+        "baseline": own_config(state),
         "ensemble": _ensemble(state),
         "mlflow": dict(mlflow),
     }
@@ -130,6 +132,7 @@ def top(state: StudyState, k: int | None = None) -> list[dict[str, object]]:
             "trial": trial.number,
             "config": trial.config,
             "state": str(trial.state),
+            "baseline": trial.baseline,
             "epoch": trial.best_epoch if trial.best_epoch is not None else trial.epoch,
             "epochs_trained": trial.epoch,
             "n_parameters": trial.n_parameters,
@@ -168,13 +171,33 @@ def _best(state: StudyState) -> dict[str, object] | None:
         "val": val_metrics(best),
         "test": measured_metrics(state, "test", [(best.number, 1.0)]),
         "test_intervals": _intervals(state, "best"),
-        "confirmed": _confirmed(state, best.number),
+        "evaluated": _standing(state.evaluated, best.number),
+        "confirmed": _standing(state.confirmed, best.number),
     }
 
 
-def _confirmed(state: StudyState, trial: int) -> Mapping[str, object] | None:
-    """What fresh seeds on fresh rows say of a trial; None where it was not confirmed."""
-    rows = state.confirmed.standings if state.confirmed is not None else ()
+def own_config(state: StudyState) -> dict[str, object] | None:
+    """How the user's own config did: its rank among all trials, and the winner's lead over it. None without one."""
+    own = state.own_trial
+    if own is None:
+        return None
+    over = dict(state.compared.over_own) if state.compared is not None else {}
+    rank = next(place for place, trial in enumerate(state.ranking(), start=1) if trial is own)
+    return {
+        "trial": own.number,
+        "state": str(own.state),
+        "rank": rank,
+        "of": len(state.trials),
+        "epoch": own.best_epoch if own.best_epoch is not None else own.epoch,
+        "val": val_metrics(own),
+        "test": measured_metrics(state, "test", [(own.number, 1.0)]),
+        "gain": over if over.get("trial") == own.number else None,
+    }
+
+
+def _standing(ranked: Evaluated | Confirmed | None, trial: int) -> Mapping[str, object] | None:
+    """What folds, or fresh seeds on fresh rows, say of a trial; None where it was not looked into."""
+    rows = ranked.standings if ranked is not None else ()
     return next((row for row in rows if row["trial"] == trial), None)
 
 

@@ -22,12 +22,16 @@ BATCH_S = 0.05  # jobs that fit into this are given and told together: a call co
 TELL_S = 1.0  # between two signs of life of a job; with long leases a thirtieth of them
 
 
+More = Callable[[Job, int], Sequence[Job]]
+"""`more(job, n)`: up to n jobs that may share the program of `job`; none is waited for."""
+
+
 class StudyClient(Protocol):
     """The study, as a worker sees it."""
 
     def arriving(self, worker: str, node: str = "", pid: int = 0) -> None: ...
     def hello(self, worker: str, info: DataInfo) -> Assignment: ...
-    def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0) -> Assignment: ...
+    def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0, beside: Job | None = None) -> Assignment: ...
     def push(self, worker: str, results: Sequence[Result]) -> None: ...
     def progress(self, worker: str, key: str) -> None: ...
     def fetch(self, ref: str) -> bytes: ...
@@ -48,6 +52,23 @@ class Executor(Protocol):
         self, jobs: Sequence[Job], fetch: Callable[[str], bytes], progress: Callable[[str, int], None]
     ) -> Iterator[Result]:
         """One result per job, as each ends; what a user's code or a config can cause is an outcome, never raised."""
+
+
+@runtime_checkable
+class HasLanes(Protocol):
+    """An executor that may train several jobs in one program, and takes another job whenever a lane is free."""
+
+    def fills(self, job: Job) -> bool:
+        """Whether it would take others beside this job."""
+
+    def run(
+        self,
+        jobs: Sequence[Job],
+        fetch: Callable[[str], bytes],
+        progress: Callable[[str, int], None],
+        more: More | None = None,
+    ) -> Iterator[Result]:
+        """As an executor's; also one result for each job that it asks for."""
 
 
 @runtime_checkable
@@ -102,6 +123,8 @@ class Worker:
         self._worn = ""
         self._assignment = Assignment()  # the last that had jobs
         self._told_at: dict[str, float] = {}  # key of a job at hand -> time of its last sign of life
+        self._unsaid: list[Result] = []  # results that the study was not told yet
+        self._said_at = 0.0
 
     def begin(self) -> bool:
         """Load the task and its data, and announce both. False: the study refused, and knows why."""
@@ -156,7 +179,7 @@ class Worker:
         self._asked_ahead = False
         if assignment.jobs:
             short = self._most_at_once and self._last_job_s < SHORT_JOB_S and not self._worn
-            if short and isinstance(self._client, LooksAhead):
+            if short and isinstance(self._client, LooksAhead) and not self._fills(assignment.jobs[0]):
                 self._client.look_ahead(self._name, self._slots, timeout_s)
                 self._asked_ahead = True
             self._assignment = assignment
@@ -168,33 +191,60 @@ class Worker:
         return not assignment.ended
 
     def _run(self, jobs: tuple[Job, ...]) -> None:
-        assert self._executor is not None
-        start = told = time.perf_counter()
+        start = self._said_at = time.perf_counter()
         self._told_at = dict.fromkeys((job.key for job in jobs), start)
         self._arm()
-        unsaid: list[Result] = []
-        failed = False
+        n_results, failed = 0, False
         try:
-            for result in self._executor.run(jobs, self._client.fetch, self._tell_progress):
-                unsaid.append(dataclasses.replace(result, attempt=secrets.token_hex(4)))
+            for result in self._results(jobs):
+                self._unsaid.append(dataclasses.replace(result, attempt=secrets.token_hex(4)))
                 self._told_at.pop(result.key, None)
                 self._arm()
+                n_results += 1
                 failed |= result.outcome not in ("done", "diverged")
-                if time.perf_counter() - told > BATCH_S:
-                    self._client.push(self._name, unsaid)
-                    told, unsaid = time.perf_counter(), []
-            if unsaid:
-                self._client.push(self._name, unsaid)
+                if time.perf_counter() - self._said_at > BATCH_S:
+                    self._say()
+            self._say()
         except (HpsearchError, ProcessSpent):
             raise
         except Exception as error:
             self._client.broken(self._name, internal_error(error))
             raise ClusterError("the worker met an internal error") from error
         # After a crash one job at a time: the next may crash alike, and three of a kind end the study.
-        self._last_job_s = float("inf") if failed else (time.perf_counter() - start) / len(jobs)
-        self._slots = max(1, min(self._most_at_once, int(BATCH_S / max(self._last_job_s, 1e-6))))
-        if isinstance(self._executor, WearsOut):
-            self._worn = self._executor.worn()
+        self._last_job_s = float("inf") if failed else (time.perf_counter() - start) / max(n_results, len(jobs))
+        at_once = 1 if self._fills(jobs[-1]) else self._most_at_once  # it asks for what fits into its lanes
+        self._slots = max(1, min(at_once, int(BATCH_S / max(self._last_job_s, 1e-6))))
+        self._worn = self._wear()
+
+    def _results(self, jobs: tuple[Job, ...]) -> Iterator[Result]:
+        assert self._executor is not None
+        if isinstance(self._executor, HasLanes) and not self._asked_ahead:  # else the next jobs are on their way
+            return self._executor.run(jobs, self._client.fetch, self._tell_progress, self._more)
+        return self._executor.run(jobs, self._client.fetch, self._tell_progress)
+
+    def _fills(self, job: Job) -> bool:
+        return isinstance(self._executor, HasLanes) and self._executor.fills(job)
+
+    def _wear(self) -> str:
+        return self._executor.worn() if isinstance(self._executor, WearsOut) else ""
+
+    def _more(self, job: Job, n: int) -> Sequence[Job]:
+        self._say()  # what is to follow depends on it
+        if self._wear():
+            return ()
+        assignment = self._client.pull(self._name, n, 0.0, job)
+        if assignment.jobs:
+            self._assignment = assignment
+            self._told_at.update(dict.fromkeys((other.key for other in assignment.jobs), time.perf_counter()))
+            self._arm()
+        return assignment.jobs
+
+    def _say(self) -> None:
+        """Push the results that the study has not been told."""
+        unsaid, self._unsaid = self._unsaid, []
+        if unsaid:
+            self._client.push(self._name, unsaid)
+        self._said_at = time.perf_counter()
 
     def _tell_progress(self, key: str, epoch: int) -> None:
         """A sign of life, for the study and the alarm; both cost more than a tiny epoch, so not every one is told."""

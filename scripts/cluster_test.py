@@ -39,6 +39,7 @@ from hpsearch.leases import SHORTEST_FIRST_LEASE_S, SHORTEST_LEASE_S
 from hpsearch.state import Entry, StudyState
 from tests.namespaces import Host, Network, why_not
 from tests.same_study import differences, twice
+from tests.tasks import blobs
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB_S = 1.0  # that each training job takes at least, so that a fault finds one under way
@@ -54,26 +55,14 @@ def network(width):
     return torch.nn.Sequential(hidden, torch.nn.ReLU(), torch.nn.Dropout(0.1), torch.nn.Linear(width, 3))
 """
 
-TASK = """
-import os
-import time
-
-import torch
-
-import hpsearch
-from layers import network  # beside this file: the whole folder has to reach the nodes
-
-class Blobs(hpsearch.Task):
-    def data(self):
-        generator = torch.Generator().manual_seed(0)
-        y = torch.arange(900) % 3
-        x = torch.randn(900, 4, generator=generator) + torch.nn.functional.one_hot(y, 4)
-        return hpsearch.Splits(train=(x[:500], y[:500]), val=(x[500:700], y[500:700]), test=(x[700:], y[700:]))
-
+TASK = blobs(
+    """
     def model(self, config):
         time.sleep(float(os.environ.get("JOB_S", 0)) if "lr" in config else 0)
         return network(config["width"])
-"""
+    """,
+    imports="import os, time\nfrom layers import network  # beside this file: the whole folder has to reach the nodes",
+)
 
 SPACE = """
 name: cluster
@@ -194,6 +183,7 @@ class Run:
             env=env,
         )
         self._said: list[str] = []
+        self._ended = self._began
         self._reader = threading.Thread(target=self._listen, daemon=True)
         self._reader.start()
 
@@ -227,25 +217,25 @@ class Run:
             code = self._process.wait(timeout=RUN_S)
         except subprocess.TimeoutExpired:
             raise Failed(f"the launch had not ended after {RUN_S:.0f} s\n{self._last_words()}") from None
-        wall_s = time.monotonic() - self._began
         self._reader.join(timeout=10)
         if code:
             raise Failed(f"the launch ended with {code}\n{self._last_words()}")
-        return self.entries(), wall_s
+        return self.entries(), self._ended - self._began
 
     def _listen(self) -> None:
         assert self._process.stderr is not None
         with contextlib.suppress(ValueError):  # the pipe is closed with the network
             for line in self._process.stderr:
                 self._said.append(line)
+        self._ended = time.monotonic()
 
     def _last_words(self) -> str:
         return "".join(self._said[-25:])
 
 
-def single(cluster: Cluster) -> tuple[StudyState, Row]:
+def single(run: Run) -> tuple[StudyState, Row]:
     """The study on one node, undisturbed."""
-    entries, wall_s = cluster.launch("single", job_s=0.0).end()
+    entries, wall_s = run.end()
     state = StudyState.of(entries)
     return state, _row("single", "one node, undisturbed", entries, state, None, wall_s)
 
@@ -345,7 +335,7 @@ def _row(
         found.append("the study has not ended well")
     if run != "single" and again_s is None:
         found.append("the fault met no job")
-    workers = {(seat.node, seat.pid) for seat in _seats(entries)}
+    workers = {(seat.node, seat.pid) for seat in _seats(entries)} or {("", 0)}  # of none: all in one process
     return Row(
         run=run, what=what, workers=len(workers), epochs=state.n_epochs, again_s=again_s, wall_s=wall_s, found=found
     )
@@ -381,11 +371,11 @@ def test(faults: Sequence[str]) -> list[Row]:
     """The rows of the table; every host is gone when this returns."""
     with Network() as network:
         cluster = Cluster(network)
-        say("the study on one node")
-        reference, row = single(cluster)
-        rows = [row]
-        say("Ray on three nodes")
+        say("the study on one node, in one process; meanwhile Ray on three nodes")
+        undisturbed = cluster.launch("single", "--fleet", "local", job_s=0.0)
         cluster.start(3)
+        reference, row = single(undisturbed)
+        rows = [row]
         for fault in faults:
             say(f"{fault}: {(FAULTS[fault].__doc__ or '').splitlines()[0]}")
             rows.append(FAULTS[fault](cluster, reference))

@@ -39,6 +39,9 @@ settings.register_profile("hpsearch", deadline=None, derandomize=True, print_blo
 settings.load_profile("hpsearch")
 
 
+pytest.register_assert_rewrite("tests.contracts")  # else an assertion that fails there says nothing
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run, and say why."""
     if not any(item.get_closest_marker("gpu") for item in items):
@@ -52,6 +55,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(no_gpu)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """Where a study's run directory will be."""
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> str:
+    """A folder, as `storage:` names it."""
+    (tmp_path / "storage").mkdir()
+    return str(tmp_path / "storage")
 
 
 @pytest.fixture(scope="session")

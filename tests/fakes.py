@@ -17,6 +17,7 @@ from hpsearch.job import (
     EpochMetrics,
     EvaluateJob,
     ExportJob,
+    FoldJob,
     Job,
     ProbeJob,
     RampJob,
@@ -83,6 +84,8 @@ class FakeExecutor:
                     yield Result(key=job.key, values={"checks": []})
                 case BaselineJob():
                     yield self._baseline(job)
+                case FoldJob():
+                    yield self._fold(job)
                 case ConfirmJob():
                     yield self._confirm(job)
                 case RebuildJob():
@@ -133,6 +136,16 @@ class FakeExecutor:
             values={"metrics": dict.fromkeys(refs, metrics), "row_scores": refs},
             blobs={ref: save({"loss": rows}) for ref in refs.values()},
         )
+
+    def _fold(self, job: FoldJob) -> Result:
+        """The trial's curve, harder or easier by the fold, with a spread of its seed's."""
+        hard = 0.1 * np.random.default_rng([job.repeat, job.fold]).standard_normal()
+        luck = 0.01 * np.random.default_rng(job.seed).standard_normal()
+        epochs = []
+        for epoch in range(1, job.epochs + 1):
+            loss = float(val_loss(job.config, epoch) + hard + luck)
+            epochs.append(EpochMetrics(epoch=epoch, metrics={"val_loss": loss, "val_accuracy": 1 - loss}, seconds=0.1))
+        return Result(key=job.key, values={"n_rows": {"train": 320, "val": 80}}, epochs=tuple(epochs))
 
     def _confirm(self, job: ConfirmJob) -> Result:
         """The trial's last value, a tenth worse, with a spread of its seed's."""

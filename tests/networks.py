@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpsearch.task import Splits, Task
+from hpsearch.task import Report, Splits, Task, Trial
 
 N = 600
 
@@ -280,6 +280,31 @@ def easy_val(n: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 # name of the bug: (task, code of the check that finds it)
+def _looping(*, evaluate: bool = True, train_again: bool = True) -> Callable[..., Any]:
+    """A `fit` that sets both modes, or leaves one out."""
+
+    def fit(self: Task, model: nn.Module, config: dict[str, Any], splits: Splits, trial: Trial) -> Iterator[Report]:
+        (x, y), (x_val, y_val) = splits.train, splits.val
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        model.train()
+        while True:
+            if train_again:
+                model.train()
+            for rows in torch.randperm(len(x)).split(64):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x[rows]), y[rows]).backward()
+                optimizer.step()
+            if evaluate:
+                model.eval()
+            with torch.no_grad():
+                loss = float(F.cross_entropy(model(x_val), y_val))
+            yield Report({"val_loss": loss})
+
+    return fit
+
+
+SOUND["loop of its own"] = lambda: task(Cnn, images, fit=_looping())
+
 PLANTED: dict[str, tuple[Callable[[], Task], str]] = {
     "leak across the batch": (lambda: task(_Mixed), "batch-leak"),
     "input ignored": (lambda: task(lambda: _Wrapped(before=torch.zeros_like)), "inputs"),
@@ -302,5 +327,7 @@ PLANTED: dict[str, tuple[Callable[[], Task], str]] = {
     "drift": (lambda: task(mlp, drifting), "drift"),
     "not deterministic": (lambda: task(_Unseeded), "repeats"),
     "dropout in evaluation": (lambda: task(lambda: _Wrapped(lambda x: F.dropout(x, 0.5))), "eval-mode"),
+    "validates in training mode": (lambda: task(Cnn, images, fit=_looping(evaluate=False)), "train-eval"),
+    "trains in evaluation mode": (lambda: task(Cnn, images, fit=_looping(train_again=False)), "train-eval"),
     "val easier than train": (lambda: task(mlp, easy_val), "val-like-train"),
 }

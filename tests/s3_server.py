@@ -162,3 +162,15 @@ def s3_environment() -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def s3_server(folder: Path, *, bucket: str = "studies") -> Iterator[S3Server]:
+    """A running server with a bucket, and this process's credentials those that it knows."""
+    with s3_environment():
+        server = S3Server(folder).start()
+        try:
+            server.make_bucket(bucket)
+            yield server
+        finally:
+            server.stop()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hpsearch.events import Finished, Leased
+from hpsearch.events import Finished, Leased, Returned
 from hpsearch.job import Config
 from hpsearch.state import Entry, StudyState
 from hpsearch.trial import TrialRecord
@@ -49,6 +49,24 @@ def differences(one: StudyState, other: StudyState) -> list[str]:
         found.append(f"the ensemble is {one.selected} and {other.selected}")
     if one.compared != other.compared:
         found.append(f"the comparison on the test split is {one.compared} and {other.compared}")
+    return found
+
+
+def held(entries: Sequence[Entry]) -> set[str]:
+    """Keys of the jobs that are in workers' hands at a journal's end.
+
+    Raises:
+        AssertionError: a job was given out while somebody held it, or came back from nobody.
+    """
+    found: set[str] = set()
+    for event in (entry.event for entry in entries):
+        match event:
+            case Leased(key=key):
+                assert key not in found, f"{key} is given out twice"
+                found.add(key)
+            case Returned(key=key) | Finished(key=key):
+                assert key in found, f"{key} came back from nobody"
+                found.remove(key)
     return found
 
 

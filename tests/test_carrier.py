@@ -32,19 +32,8 @@ BIG, MIDDLE, SMALL = b"b" * 600, b"m" * 300, b"s" * 50
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> str:
-    (tmp_path / "storage").mkdir()
-    return str(tmp_path / "storage")
-
-
-@pytest.fixture
 def archive(storage: str) -> Archive:
     return Archive(storage, "s", "0" * 32)
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    return tmp_path / "run"
 
 
 class Gives(fakes.FakeExecutor):
@@ -150,6 +139,22 @@ def test_job_is_alive_while_its_result_is_on_its_way(archive: Archive, monkeypat
     carrier = Carrier(Gives({"a": BIG}), archive, inline_bytes=0)
     (result,) = carrier.run([JOB], no_fetch, lambda key, epoch: on_its_way.set())
     assert result.stored == {"a": digest_of(BIG)}
+
+
+def test_job_is_alive_while_the_digest_of_its_result_is_computed(
+    archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpsearch.carrier.SIGN_S", 0.01)
+    alive = threading.Event()
+
+    def slow_digest(content: bytes) -> str:
+        assert alive.wait(30)
+        return digest_of(content)
+
+    monkeypatch.setattr("hpsearch.carrier.digest_of", slow_digest)
+    carrier = Carrier(Gives({"a": BIG}), archive, inline_bytes=0)
+    (result,) = carrier.run([JOB], no_fetch, lambda key, epoch: alive.set())
+    assert archive.read_blob("a", result.stored["a"]) == BIG
 
 
 # Reading

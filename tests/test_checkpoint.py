@@ -97,6 +97,13 @@ def test_equal_content_gives_equal_bytes() -> None:
     assert pack(checkpoint_of()) == pack(checkpoint_of())
 
 
+def test_every_tensor_is_a_sign_of_life_while_a_checkpoint_is_packed() -> None:
+    signs: list[int] = []
+    content = pack(checkpoint_of(), lambda: signs.append(1))
+    assert len(signs) == 2 * len(load(content))  # one when it is copied, one when it is summed up
+    assert content == pack(checkpoint_of())
+
+
 def test_tied_weights_are_written_once_and_any_safetensors_reader_can_open_the_file() -> None:
     tensors = load(pack(checkpoint_of()))
     assert "weights/embed.weight" in tensors

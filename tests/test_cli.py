@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.numpy import save_file
 from hpsearch.cli import UNBUILT, VERBS, run
 from hpsearch.events import Finished
 from hpsearch.journal import Journal
+from tests.projects import in_project
 from tests.test_verdict import SPEC, losses, opened, trained
 
 TASK = """
@@ -46,13 +48,9 @@ ensemble: {pool: 4, size: 2}
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a task and a space.yaml, which is the working directory; MLflow's database lies in it too."""
-    (tmp_path / "task.py").write_text(TASK)
-    (tmp_path / "space.yaml").write_text(SPACE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return tmp_path
+def project(tmp_path: Path) -> Iterator[Path]:
+    with in_project(tmp_path, task=TASK, space=SPACE) as folder:
+        yield folder
 
 
 def edit(project: Path, old: str, new: str) -> None:
@@ -96,7 +94,7 @@ def test_launch_json_is_one_object_with_the_contracts_keys(project: Path, capsys
     told = json.loads(out)
     assert set(told) == {
         "study", "run_dir", "seed", "epochs", "wall_s", "stages_s", "trials", "lr_range", "best", "diagnosis",
-        "baselines", "ensemble", "mlflow",
+        "baseline", "baselines", "ensemble", "mlflow",
     }  # fmt: skip
     assert told["trials"]["total"] == 8
     assert {row["branch"]["optimizer"] for row in told["lr_range"]} == {"adamw", "sgd"}
@@ -288,6 +286,13 @@ def test_each_verb_has_help_and_json(verb: str, capsys: pytest.CaptureFixture[st
         (["launch", "space.yaml", "--workers", "0"], "--workers"),
         (["launch", "space.yaml", "--fleet", "slurm"], "--fleet"),
         (["launch", "space.yaml", "--fleet", "local", "--address", "auto"], "--fleet local does not use"),
+        (
+            ["launch", "space.yaml", "--fleet", "local", "--set", "resources.gpus=4"],
+            "error[usage]: resources.gpus is 4, and a worker of several GPUs is several processes, which --fleet local "
+            "does not start: it runs everything in this one\n"
+            "  hint: leave --fleet out, or try it with --set resources.gpus=1",
+        ),
+        (["lr-find", "space.yaml", "--fleet", "local", "--set", "resources.gpus=2"], "resources.gpus is 2"),
         (["launch", "nowhere.yaml"], "nowhere.yaml"),
         (["validate", "."], "."),
         (["status", "nowhere"], "holds no study"),

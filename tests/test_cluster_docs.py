@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import re
@@ -22,6 +21,7 @@ import yaml
 
 from hpsearch.cli import VERBS, group
 from hpsearch.fleets import shipping, submission
+from tests.processes import process_groups
 from tests.test_cluster_yaml import validated
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -242,25 +242,8 @@ Batch = Callable[..., subprocess.Popen[str]]
 @pytest.fixture
 def batch(allocation: Mapping[str, str]) -> Iterator[Batch]:
     """Runs the script with arguments and further environment; nothing of it outlives the test."""
-    started: list[subprocess.Popen[str]] = []
-
-    def run(*arguments: str, **env: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            ["bash", str(SBATCH), *arguments],
-            env={**allocation, **env},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        started.append(process)
-        return process
-
-    yield run
-    for process in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    with process_groups() as start:
+        yield lambda *arguments, **env: start(["bash", SBATCH, *arguments], env={**allocation, **env})
 
 
 def calls(allocation: Mapping[str, str]) -> list[str]:

@@ -171,7 +171,8 @@ def test_interrupted_script_leaves_no_process(allowed: None, repository: Path) -
 @pytest.mark.timeout(900)
 def test_study_on_nodes_that_go_join_and_fall_silent_is_that_of_one_node(allowed: None, repository: Path) -> None:
     mark = secrets.token_hex(8)
-    impatient = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "4000"}  # 25 s, not 65
+    asks = {"period_ms": 1000, "timeout_ms": 3000, "failure_threshold": 3}  # a silent node is dead after 12 s, not 65
+    impatient = {f"RAY_health_check_{name}": str(value) for name, value in asks.items()}
     process = script(repository, "--require", **impatient, **{MARK: mark})
     out, err = process.communicate(timeout=850)
     assert process.returncode == 0, out + err

@@ -15,6 +15,7 @@ from hpsearch.journal import FILE_NAME, read_journal
 from hpsearch.packing import pack
 from hpsearch.state import StudyState
 from hpsearch.training.checkpoint import unpack
+from tests.projects import in_project
 from tests.test_cli import SPACE, TASK
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -47,12 +48,7 @@ def outcome(state: StudyState) -> object:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of a study that is done; the working directory holds its task and space."""
-    folder = tmp_path_factory.mktemp("project")
-    (folder / "task.py").write_text(TASK)
-    (folder / "space.yaml").write_text(SPACE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with in_project(tmp_path_factory.mktemp("project"), task=TASK, space=SPACE) as folder:
         assert launch(Path("whole")) == 0
     return folder / "whole"
 

@@ -20,14 +20,17 @@ from hpsearch.fleets.local import LocalFleet
 from hpsearch.journal import is_locked, read_journal
 from hpsearch.spec import parse_spec
 from hpsearch.state import StudyState
+from tests.processes import process_groups
 from tests.test_cli import SPACE, TASK
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 # So slow that something can be done to it in the middle.
-SLOW_TASK = TASK.replace("def model(self, config):", "def model(self, config):\n        import time; time.sleep(0.2)")
-VERY_SLOW_MODEL = "def model(self, config):\n        import time; time.sleep(2.0)"
-N_TRIALS = 24
+MODEL = "def model(self, config):"
+SLOW_TASK = TASK.replace(MODEL, f"{MODEL}\n        import time; time.sleep(0.2)")
+SLOWER_TASK = TASK.replace(MODEL, f"{MODEL}\n        import time; time.sleep(0.7)")
+N_TRIALS = 16
+N_TRIALS_OF_A_MINUTE = 200  # with the slower task
 
 
 @pytest.fixture
@@ -40,25 +43,9 @@ def project(tmp_path: Path) -> Path:
 @pytest.fixture
 def launched(project: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts `hpsearch launch space.yaml …` in a process group of its own, as a shell does."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "hpsearch", "launch", "space.yaml", "--workers", "2", *arguments],
-            cwd=project,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    command = [sys.executable, "-m", "hpsearch", "launch", "space.yaml", "--workers", "2"]
+    with process_groups() as start:
+        yield lambda *arguments: start([*command, *arguments], cwd=project)
 
 
 def state_of(project: Path) -> StudyState:
@@ -93,7 +80,7 @@ def test_launch_that_is_killed_again_and_again_ends_as_one_that_never_was(
     project: Path, launched: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     before = StudyState()
-    for n_epochs in (3, 12, 24):  # in the range of epochs that one session is sure to get through
+    for n_epochs in (2, 8, 14):  # in the range of epochs that one session is sure to get through
         process = launched("--resume")
         wait_until_trained(project, n_epochs, process)
         os.killpg(process.pid, signal.SIGKILL)
@@ -131,6 +118,9 @@ def test_launch_that_is_killed_again_and_again_ends_as_one_that_never_was(
 def test_launch_can_be_interrupted_in_every_way_and_goes_on(
     project: Path, launched: Callable[..., subprocess.Popen[str]]
 ) -> None:
+    def once(process: subprocess.Popen[str]) -> None:
+        os.killpg(process.pid, signal.SIGINT)
+
     def twice(process: subprocess.Popen[str]) -> None:
         os.killpg(process.pid, signal.SIGINT)
         time.sleep(0.3)
@@ -143,18 +133,24 @@ def test_launch_can_be_interrupted_in_every_way_and_goes_on(
         os.killpg(process.pid, signal.SIGTERM)
 
     before = StudyState()
-    for n_epochs, interrupt in ((2, twice), (8, notice_to_all), (14, notice)):
+    for interrupt in (once, twice, notice_to_all, notice):
         process = launched("--resume")
-        wait_until_trained(project, n_epochs, process)
+        wait_until_trained(project, before.n_epochs + 2, process)
         interrupt(process)
-        code, err = ended(process, within_s=30)
-        assert code == 130, err
+        out, err = process.communicate(timeout=30)
+        assert process.returncode == 130, err
+        assert out == ""
         assert re.search(r"Go on: \S*hpsearch launch space\.yaml", err)
         assert "--resume" in err
         assert "Traceback" not in err
         assert "raylet" not in err
+        if interrupt is once:  # it has taken the time that it needs
+            assert not is_locked(project / "runs" / "blobs")
         wait_until_unlocked(project)
         state = state_of(project)
+        if interrupt is once:
+            assert state.ended is not None
+            assert state.ended.reason == "interrupted"
         assert_kept(before, state)
         before = state
 
@@ -170,10 +166,11 @@ def wait_until_unlocked(project: Path) -> None:
 def test_launch_whose_cluster_loses_its_head_ends_with_4_and_goes_on_with_another(
     project: Path, launched: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    (project / "task.py").write_text(TASK.replace("def model(self, config):", VERY_SLOW_MODEL))
+    (project / "task.py").write_text(SLOWER_TASK)
+    endless = ("--set", f"search.trials={N_TRIALS_OF_A_MINUTE}")
     cluster = head()
     try:
-        process = launched("--address", cluster.address)
+        process = launched("--address", cluster.address, *endless)
         wait_until_trained(project, 3, process)
         for name in ("gcs_server", "raylet"):
             for held in cluster.head_node.all_processes[name]:
@@ -188,7 +185,7 @@ def test_launch_whose_cluster_loses_its_head_ends_with_4_and_goes_on_with_anothe
         cluster.shutdown()
     cluster = head()
     try:
-        process = launched("--address", cluster.address, "--resume")
+        process = launched("--address", cluster.address, *endless, "--resume")
         wait_until_trained(project, before.n_epochs + 3, process)
         os.killpg(process.pid, signal.SIGINT)
         code, err = ended(process, within_s=30)

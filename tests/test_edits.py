@@ -231,6 +231,27 @@ def test_what_sets_rows_of_val_aside_may_change_while_they_stay_aside() -> None:
     ]
 
 
+def test_folds_may_be_asked_for_later_and_changed() -> None:
+    assert words("evaluate.enabled=true") == ["evaluate.enabled: false -> true: the best trials are cross-validated"]
+    assert words("evaluate.folds=10", before=("evaluate.folds=5",)) == [
+        "evaluate.folds: 5 -> 10: the best trials are cross-validated again, on other folds"
+    ]
+    assert words("evaluate.repeats=2", before=("evaluate.repeats=1",)) == [
+        "evaluate.repeats: 1 -> 2: the best trials are cross-validated again, with the folds that are trained"
+    ]
+
+
+def test_own_config_may_be_given_later_changed_and_left_out() -> None:
+    config = "{lr: 3e-4, optimizer: adamw, width: 64}"
+    own = f"baseline={config}"
+    other = "baseline={lr: 1e-3, optimizer: adamw, width: 64}"
+    assert words(own) == [f"baseline: null -> {config}: trained to the end beside the search, as one trial more"]
+    assert words(other, before=(own,)) == [
+        "baseline.lr: 3e-4 -> 1e-3: trained as one trial more, the old config's stays"
+    ]
+    assert words("", before=(own,)) == [f"baseline: {config} -> null: its trial stays, as one among the others"]
+
+
 def test_storage_may_be_named_later_moved_and_left() -> None:
     uri = "s3://bucket/a"
     assert words(f"storage={uri}") == [f"storage: null -> {uri}: all of the study is mirrored there anew"]

@@ -21,7 +21,8 @@ from hpsearch.errors import DamagedBlob
 from hpsearch.job import Config, EvaluateJob, ExportJob, Job, Member, ProbeJob, RampJob, RebuildJob, Result, TrainJob
 from hpsearch.task import Report, Splits, Task, Trial
 from hpsearch.training.checkpoint import unpack
-from hpsearch.training.executor import TorchExecutor, checkpoint_ref
+from hpsearch.training.executor import TorchExecutor
+from hpsearch.training.outcome import checkpoint_ref
 
 
 def rows(n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -315,7 +316,7 @@ def test_shapes_that_only_torchs_layers_complain_of_are_placed_at_the_users_mode
 
 
 def test_a_bug_of_ours_is_not_taken_for_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hpsearch.training.executor.pack", lambda checkpoint: 1 / 0)
+    monkeypatch.setattr("hpsearch.training.outcome.pack", lambda checkpoint, alive: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Study().one(executor(), train(0, 1))
 
@@ -416,6 +417,7 @@ def test_jobs_of_every_kind_say_between_their_batches_that_they_live(monkeypatch
     assert told == sorted(told)
     assert told.count(("train/17/0-2", 0)) > 1  # within the first epoch
     assert told.count(("train/17/0-2", 1)) > 2  # at its end, and within the second
+    assert told.count(("train/17/0-2", 2)) > 1  # at its end, and while its checkpoints are packed
     member = Member(trial=17, config={}, checkpoint=str(trained.values["checkpoint"]))
     for job in (
         RampJob(key="ramp/0", config={"batch_size": 25}, seed=3, lr_min=1e-5, lr_max=0.1, steps=5),

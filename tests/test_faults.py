@@ -24,6 +24,7 @@ from hpsearch.study import Study
 from hpsearch.trial import TrialState
 from tests import fakes
 from tests.same_study import twice
+from tests.tasks import blobs
 
 DAY_S, HOUR_S = 86_400.0, 3600.0
 
@@ -55,7 +56,7 @@ SLOW_SPACE = """
 name: blobs
 task: task.py:Blobs
 preflight: {enabled: false}
-search: {trials: 12}
+search: {trials: 8}
 parameters:
   lr: {distribution: log_uniform, min: 1e-4, max: 1.0}
 early_stopping: {max_epochs: 3, reduction_factor: 3}
@@ -104,7 +105,7 @@ def test_second_launch_is_refused_while_the_first_lives_which_is_unharmed(
         assert first.poll() is None, "the first launch was over too soon to tell"
         out, err = first.communicate(timeout=120)
         assert first.returncode == 0, err
-    assert json.loads(out)["trials"]["total"] == 12
+    assert json.loads(out)["trials"]["total"] == 8
     entries = read_journal(journal.parent)
     assert [type(entry.event) for entry in entries].count(Opened) == 1
     assert twice(entries) == []
@@ -123,7 +124,7 @@ def test_two_launches_at_the_same_instant_make_one_study(project: Path) -> None:
     assert twice(entries) == []
     state = StudyState.of(entries)
     assert state.done
-    assert len(state.trials) == 12
+    assert len(state.trials) == 8
 
 
 # A clock that jumps
@@ -358,27 +359,20 @@ def test_trial_that_diverges_occupies_no_rung_and_keeps_none_waiting(tmp_path: P
 
 # A task that raises
 
-RAISING_TASK = """
-from pathlib import Path
-import torch
-import hpsearch
-
-class Blobs(hpsearch.Task):
-    def data(self):
-        generator = torch.Generator().manual_seed(0)
-        y = torch.arange(600) % 3
-        x = torch.randn(600, 4, generator=generator) + torch.nn.functional.one_hot(y, 4)
-        return hpsearch.Splits(train=(x[:300], y[:300]), val=(x[300:450], y[300:450]), test=(x[450:], y[450:]))
-
+RAISING_TASK = blobs(
+    """
     def model(self, config):
-        limit = config["raises"] * {raises}
-        attempts = Path(__file__).parent / f"{{config['lr']}}.attempts"
+        limit = config["raises"] * RAISES
+        attempts = Path(__file__).parent / f"{config['lr']}.attempts"
         n = int(attempts.read_text()) if attempts.exists() else 0
         attempts.write_text(str(n + 1))
         if n < limit:
-            raise OSError(f"the lock of a cache file, attempt {{n + 1}}")
+            raise OSError(f"the lock of a cache file, attempt {n + 1}")
         return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 3))
-"""
+    """,
+    imports="from pathlib import Path",
+    rows=(300, 150, 150),
+)
 
 RAISING_SPACE = """
 name: raising
@@ -395,8 +389,8 @@ ensemble: {pool: 9, size: 3}
 
 def test_trial_that_raises_now_and_then_is_retried_with_its_seed_and_comes_to_the_same(tmp_path: Path) -> None:
     space = RAISING_SPACE.replace("VALUES", "0, 1").replace("trials: 9", "trials: 4")
-    raised = real(tmp_path / "raised", RAISING_TASK.format(raises=1), space)
-    never = real(tmp_path / "never", RAISING_TASK.format(raises=0), space)
+    raised = real(tmp_path / "raised", RAISING_TASK.replace("RAISES", "1"), space)
+    never = real(tmp_path / "never", RAISING_TASK.replace("RAISES", "0"), space)
     crashes = [e.event for e in read_journal(tmp_path / "raised" / "run") if _crashed(e.event)]
     assert {event.trial for event in crashes} == {
         number for number, trial in raised.trials.items() if trial.config["raises"]
@@ -411,7 +405,7 @@ def test_trial_that_raises_now_and_then_is_retried_with_its_seed_and_comes_to_th
 def test_trial_that_raises_twice_fails_alone_with_its_words(tmp_path: Path) -> None:
     """Two such trials at most: a third would be taken for a bug that every trial hits."""
     space = RAISING_SPACE.replace("VALUES", "0, 2").replace("trials: 9", "trials: 4")
-    state = real(tmp_path, RAISING_TASK.format(raises=1), space)
+    state = real(tmp_path, RAISING_TASK.replace("RAISES", "1"), space)
     assert state.done
     failed = [trial for trial in state.trials.values() if trial.config["raises"]]
     assert 1 <= len(failed) <= 2

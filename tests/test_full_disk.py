@@ -12,6 +12,7 @@ import pytest
 from hpsearch.cli import run
 from hpsearch.journal import FILE_NAME, read_journal
 from hpsearch.state import StudyState
+from tests.projects import in_project
 from tests.test_cli import SPACE, TASK
 
 pytestmark = pytest.mark.slow
@@ -56,13 +57,7 @@ def outcome(run_dir: Path) -> object:
 
 @pytest.fixture(scope="module", autouse=True)
 def _project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A folder with a task and a space.yaml, which is the working directory; MLflow's database lies in it too."""
-    folder = tmp_path_factory.mktemp("project")
-    (folder / "task.py").write_text(TASK)
-    (folder / "space.yaml").write_text(SPACE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with in_project(tmp_path_factory.mktemp("project"), task=TASK, space=SPACE):
         yield
 
 

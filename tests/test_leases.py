@@ -6,7 +6,6 @@ from hpsearch.leases import (
     FIRST_LEASE_OWN_LOOP_S,
     FIRST_LEASE_S,
     INHERIT_S,
-    MOST_DEATHS,
     SHORTEST_FIRST_LEASE_S,
     SHORTEST_LEASE_OWN_LOOP_S,
     SHORTEST_LEASE_S,
@@ -85,9 +84,3 @@ def test_job_that_ended_is_forgotten() -> None:
     book.end("a")
     book.heard("a", now=9.0)
     assert book.overdue(1e9) == []
-
-
-def test_job_is_to_blame_when_as_many_processes_died_of_it_and_not_before() -> None:
-    book = LeaseBook()
-    assert [book.died("a") for _ in range(MOST_DEATHS)] == [False] * (MOST_DEATHS - 1) + [True]
-    assert not book.died("a")

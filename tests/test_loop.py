@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpsearch.errors import TrialDiverged, UserCodeError
 from hpsearch.job import Config
@@ -398,3 +399,27 @@ def test_lazy_layers_take_their_shape_from_the_data() -> None:
     training.train_epoch()
     again = start(ModelOf(lambda: nn.LazyLinear(3)), checkpoint=unpack(weights(training), ref="x"))
     assert weights(again) == weights(training)
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number is read from a device, for which the host waits until it has come to that step."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.n += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+# nadam reads its count of steps, which torch keeps on the host for that.
+@pytest.mark.parametrize("config", [{}, {"optimizer": "rmsprop"}, {"optimizer": "sgd", "grad_clip_norm": 1.0}])
+def test_no_step_waits_for_the_device(config: Config) -> None:
+    counts = []
+    for batch_size in (50, 10):  # 2 steps, and 10
+        training = start(Linear(), {"batch_size": batch_size, "warmup_epochs": 1, **config})
+        training.train_epoch()
+        with Reads() as reads:
+            training.train_epoch()
+        counts.append(reads.n)
+    assert counts[0] == counts[1]
+    assert counts[0] > 0  # the epoch's metrics

@@ -27,23 +27,12 @@ from hpsearch.state import StudyState
 from hpsearch.storage import Storage
 from tests import same_study
 from tests.mirrored_study import FAST, SlowExecutor, archive_in, launch, missing, run, state_in
-from tests.s3_server import S3Server, s3_environment
+from tests.s3_server import S3Server, s3_server
 
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assembly, "Mirror", FAST)
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    return tmp_path / "run"
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> str:
-    (tmp_path / "storage").mkdir()
-    return str(tmp_path / "storage")
 
 
 def slow(job_s: float, before_job: Callable[[Job], None] = lambda job: None) -> Callable[..., SlowExecutor]:
@@ -266,11 +255,42 @@ def test_search_does_not_wait_for_a_slow_storage_and_being_behind_is_told(
         monkeypatch.setattr(Swamp, "write_s", 0.4)
         asked.append(time.monotonic())
 
-    run(launch(run_dir, storage, make_executor=slow(0.02, note)))
+    run(launch(run_dir, storage, make_executor=slow(0.06, note)))
     assert max(later - earlier for earlier, later in itertools.pairwise(asked)) < 0.4 * 8  # blobs go eight at a time
     behind = [e.event for e in read_journal(run_dir) if isinstance(e.event, StorageBehind)]
     assert behind
     assert "more slowly than they come" in behind[0].reason
+
+
+def test_mirror_that_was_given_up_has_nothing_to_say(
+    run_dir: Path, storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread is in the middle of a slow write when the study closes, and finds that it is late afterwards."""
+    begun, ended = threading.Event(), threading.Event()
+
+    class Stuck(Storage):
+        def write(self, ref: str, content: bytes) -> None:
+            if threading.current_thread().name.startswith("mirror") and not begun.is_set() and stuck:
+                begun.set()
+                ended.wait(10.0)
+                raise StorageError("it is gone")
+            super().write(ref, content)
+
+    stuck: list[bool] = []
+    monkeypatch.setattr("hpsearch.archive.Storage", Stuck)
+    monkeypatch.setattr("hpsearch.study.DRAIN_S", 0.0)
+    monkeypatch.setattr("hpsearch.study.HURRIED_DRAIN_S", 0.0)
+    study = launch(run_dir, storage).open_study(background=False)
+    thread = next(thread for thread in threading.enumerate() if thread.name == "mirror")
+    stuck.append(True)
+    study.arriving("w", "", 1)
+    assert begun.wait(10.0)
+    study.close()
+    before = raw(run_dir)
+    ended.set()
+    thread.join(10.0)
+    assert not thread.is_alive()
+    assert raw(run_dir) == before
 
 
 def test_study_that_is_restarted_under_its_workers_does_not_wait_for_storage(run_dir: Path, storage: str) -> None:
@@ -410,11 +430,8 @@ def test_damaged_checkpoint_is_not_mirrored_over_a_good_one(run_dir: Path, stora
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with s3_environment():
-        server = S3Server(tmp_path_factory.mktemp("s3")).start()
-        server.make_bucket("studies")
-        yield server
-        server.stop()
+    with s3_server(tmp_path_factory.mktemp("s3")) as running:
+        yield running
 
 
 def test_study_mirrored_to_s3_survives_an_outage_and_the_loss_of_the_heads_disk(

@@ -22,17 +22,6 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assembly, "Mirror", FAST)
 
 
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    return tmp_path / "run"
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> str:
-    (tmp_path / "storage").mkdir()
-    return str(tmp_path / "storage")
-
-
 def ask(run_dir: Path, storage: str, *, resume: bool = True) -> None:
     refill(run_dir, parse_spec(SPACE + f"storage: {storage}\n"), resume=resume, again="hpsearch launch … --resume")
 

@@ -120,8 +120,9 @@ def test_looking_at_very_many_nodes_takes_a_hundredth_of_the_time_at_most() -> N
     assert looks[1] - looks[0] > 3.0
 
 
-def test_head_that_is_slow_to_answer_is_not_silent_between_two_questions() -> None:
+def test_head_that_is_slow_to_answer_is_not_silent_between_two_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each node that has fallen silent makes the answer slower; the head is not to blame for it."""
+    monkeypatch.setattr("hpsearch.fleets.roll_call.LOOK_AT_LEAST_EVERY_S", 0.5)
     now = [0.0]
     looks: list[float] = []
 

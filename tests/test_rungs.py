@@ -767,3 +767,21 @@ def test_who_may_not_go_on_any_more_never_does(
                     assert hopeful or not ask(rule, trial, epoch, value, n_trials)
         given_up |= {trial for trial, epoch in waiting.items() if not ask(rule, trial, epoch, best[trial], n_trials)}
     assert waiting.keys() <= given_up  # nobody is kept for nothing when all is over
+
+
+def test_who_does_not_fit_is_passed_over_and_who_is_preferred_comes_first_among_those_that_may_go_on() -> None:
+    rule = PromotionAsha(1, 9, 3)
+    for trial in range(9):
+        rule.record(trial, 1, 0.1 * trial)  # 0, 1 and 2 may go on
+    assert rule.promotable(lambda trial: trial != 0) == Promotion(trial=1, from_epoch=1, to_epoch=3)
+    assert rule.promotable(lambda trial: trial > 2) is None
+    assert rule.promotable(prefer=lambda trial: trial >= 2) == Promotion(trial=2, from_epoch=1, to_epoch=3)
+    assert rule.promotable(prefer=lambda trial: trial > 2) == Promotion(trial=0, from_epoch=1, to_epoch=3)
+    rule.promote(0, 1)
+    rule.record(0, 3, 0.0)
+    for trial in (1, 2):
+        rule.promote(trial, 1)
+        rule.record(trial, 3, 0.1 * trial)
+    for trial in range(9, 12):
+        rule.record(trial, 1, 5.0)
+    assert rule.promotable(prefer=lambda trial: trial == 3) == Promotion(trial=0, from_epoch=3, to_epoch=9)

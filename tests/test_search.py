@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 from hpsearch.events import Event, Finished, Leased, Opened, RangeMeasured, Returned, TrialDrawn
 from hpsearch.job import Config, TrainJob
 from hpsearch.rungs import make_rule
@@ -18,6 +20,8 @@ from hpsearch.trial import TrialState
 
 class CountingSampler:
     """Config i is {"lr": 10**-i, "optimizer": sgd for odd i}."""
+
+    in_any_order = True
 
     def config(self, number: int, bounds: BoundsOf) -> Config | None:
         config: Config = {"lr": 10.0**-number, "optimizer": "sgd" if number % 2 else "adamw"}
@@ -537,3 +541,109 @@ def test_trial_whose_job_was_lost_is_asked_for_and_one_that_is_spoilt_is_not() -
     bench.take()
     bench.finish(promoted, outcome="diverged")
     assert not bench.search.may_continue(promoted.trial, 1, 0.1)
+
+
+# Jobs for a program's free lanes
+
+
+def beside(bench: Bench, job: TrainJob, worker: str = "w") -> TrainJob | None:
+    found = bench.search.next_beside(worker, job)
+    if found is not None:
+        drawn = bench.search.drawn(found)
+        bench.tell(*([drawn] if drawn is not None else []))
+        bench.tell(Leased(key=found.key, worker=worker, trial=found.trial, to_epoch=found.to_epoch, beside=job.key))
+    return found
+
+
+def test_free_lanes_get_trials_of_the_group_and_those_passed_over_come_next() -> None:
+    bench = Bench()
+    first = bench.take()
+    assert first is not None
+    found = [beside(bench, first) for _ in range(5)]
+    assert [job.trial if job else None for job in found] == [2, 4, 6, 8, None]
+    following = [bench.take("v") for _ in range(2)]
+    assert [job.trial for job in following if job] == [1, 3]
+
+
+def test_free_lanes_get_promotions_of_the_group_before_new_trials() -> None:
+    bench = Bench(n_trials=20)
+    jobs = [bench.take() for _ in range(6)]
+    for job in jobs:
+        assert job is not None
+        bench.finish(job, loss=0.1 * (job.trial + 1))
+    adamw, sgd = jobs[0], jobs[1]
+    assert adamw is not None
+    assert sgd is not None
+    found = [beside(bench, sgd) for _ in range(2)]
+    assert [(job.trial, job.from_epoch) for job in found if job] == [(1, 1), (7, 0)]  # the best may go on, of adamw: 0
+    promoted = beside(bench, adamw)
+    assert promoted is not None
+    assert (promoted.trial, promoted.from_epoch) == (0, 1)
+
+
+def test_no_trial_is_passed_over_by_more_than_the_look_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpsearch.stages.search.LANES_LOOK_AHEAD", 4)
+    bench = Bench(n_trials=100)
+    first = bench.take()
+    assert first is not None
+    found = []
+    while (job := beside(bench, first)) is not None:
+        found.append(job.trial)
+    assert found == [2, 4]  # 5 is as far as it goes while 1 waits
+    assert [job.trial for job in (bench.take("v") for _ in range(2)) if job] == [1, 3]
+    job = beside(bench, first)
+    assert job is not None
+    assert job.trial == 6  # the line has moved on
+
+
+def test_sampler_that_learns_is_not_asked_ahead() -> None:
+    class Learning(CountingSampler):
+        in_any_order = False
+
+    bench = Bench()
+    bench.search._sampler = Learning()
+    first = bench.take()
+    assert first is not None
+    assert beside(bench, first) is None  # trial 1 is of another group
+    second = bench.take("v")
+    assert second is not None
+    third = beside(bench, first)
+    assert third is not None
+    assert (second.trial, third.trial) == (1, 2)
+
+
+def test_lost_job_goes_into_a_lane_of_its_group() -> None:
+    bench = Bench()
+    jobs = [bench.take() for _ in range(4)]
+    assert all(jobs)
+    for job in jobs[:2]:
+        assert job is not None
+        bench.tell(Returned(key=job.key, worker="w", reason="its worker was lost"))
+    assert jobs[3] is not None
+    found = beside(bench, jobs[3], "v")
+    assert found is not None
+    assert found.trial == 1
+    again = bench.take("v")
+    assert again is not None
+    assert again.trial == 0
+
+
+def test_nothing_goes_into_lanes_when_the_budget_is_spent() -> None:
+    bench = Bench()
+    first = bench.take()
+    assert first is not None
+    bench.search.end_budget()
+    assert beside(bench, first) is None
+
+
+def test_worker_gets_the_trial_that_it_trained_last_when_several_may_go_on() -> None:
+    bench = Bench(n_trials=6)
+    jobs = [bench.take("v" if number % 2 else "w") for number in range(6)]
+    for job in jobs:
+        assert job is not None
+        bench.finish(job, loss=0.1 * (job.trial + 1), worker="v" if job.trial % 2 else "w")
+    mine = bench.take("v")
+    other = bench.take("v")
+    assert mine is not None
+    assert other is not None
+    assert (mine.trial, other.trial) == (1, 0)  # both may go on; nobody waits for the better one

@@ -103,6 +103,8 @@ def test_name_task_and_parameters_are_enough_and_the_rest_has_defaults() -> None
         },
         "finish": {"enabled": False, "trials": 8, "extra_epochs": 9},
         "baselines": {},
+        "baseline": None,
+        "evaluate": {"enabled": False, "folds": 5, "repeats": 1, "trials": 8},
         "confirm": {"enabled": False, "trials": 3, "seeds": 3},
         "ensemble": {"enabled": True, "pool": 20, "size": 5},
         "resources": {"cpus": 1.0, "gpus": 0.0, "custom": {}, "lanes": "auto", "threads": 1},
@@ -110,13 +112,14 @@ def test_name_task_and_parameters_are_enough_and_the_rest_has_defaults() -> None
         "mlflow": {"experiment": "digits", "registered_model": "digits", "alias": "champion"},
         "storage": None,
         "shuffle": True,
+        "precision": "float32",
     }  # fmt: skip
 
 
 def test_every_stage_can_be_switched_off() -> None:
-    stages = ("preflight", "lr_range", "early_stopping", "finish", "confirm", "ensemble")
+    stages = ("preflight", "lr_range", "early_stopping", "finish", "evaluate", "confirm", "ensemble")
     spec = parse_spec(SMALL + "".join(f"{stage}: {{enabled: false}}\n" for stage in stages))
-    assert [getattr(spec, stage).enabled for stage in stages] == [False] * 6
+    assert [getattr(spec, stage).enabled for stage in stages] == [False] * 7
     assert spec.early_stopping.rule == "none"
 
 
@@ -207,8 +210,9 @@ def test_overrides_change_add_and_are_checked_like_the_file() -> None:
         "error[ensemble-size]: --set ensemble.size: `ensemble` needs size <= pool (got size=30, pool=20)"
         "\n  hint: members come from the pool",
         "error[unknown-key]: --set serch.trials: `serch` is not a key of space.yaml (known: name, task, metric, "
-        "metrics, seed, search, parameters, preflight, lr_range, early_stopping, finish, baselines, confirm, "
-        "ensemble, resources, budget, mlflow, storage, shuffle)"
+        "metrics, seed, search, parameters, preflight, lr_range, early_stopping, finish, baselines, "
+        "baseline, evaluate, confirm, "
+        "ensemble, resources, budget, mlflow, storage, shuffle, precision)"
         "\n  hint: did you mean search?",
     ]
 
@@ -262,17 +266,10 @@ def test_the_contracts_later_keys_answer_not_built_yet() -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        *(
-            (f"{key}: {{}}", f"space.yaml:5:1: `{key}` is not built yet\n  hint: leave it out")
-            for key in ("baseline", "evaluate", "distill", "precision")
-        ),
+        *((f"{key}: {{}}", f"space.yaml:5:1: `{key}` is not built yet\n  hint: leave it out") for key in ("distill",)),
         (
             "early_stopping: {type: hyperband}",
             "space.yaml:5:24: `type: hyperband` is not built yet\n  hint: write type: asha, sha, median or none",
-        ),
-        (
-            "resources: {lanes: 4}",
-            "space.yaml:5:20: `lanes: 4` is not built yet\n  hint: write lanes: auto or lanes: 1",
         ),
         ("finish: {enabled: true}", "space.yaml:5:1: `finish` is not built yet\n  hint: write enabled: false"),
     ],
@@ -325,8 +322,9 @@ def test_what_comes_later_says_so(lines: str, message: str) -> None:
         (
             "n_trials: 3",
             "error[unknown-key]: space.yaml:5:1: `n_trials` is not a key of space.yaml (known: name, task, metric, "
-            "metrics, seed, search, parameters, preflight, lr_range, early_stopping, finish, baselines, confirm, "
-            "ensemble, resources, budget, mlflow, storage, shuffle)\n"
+            "metrics, seed, search, parameters, preflight, lr_range, early_stopping, finish, baselines, "
+            "baseline, evaluate, confirm, "
+            "ensemble, resources, budget, mlflow, storage, shuffle, precision)\n"
             "  hint: Optuna's n_trials is called trials here, under `search`",
         ),
         (
@@ -385,10 +383,17 @@ def test_what_comes_later_says_so(lines: str, message: str) -> None:
             "lr_range: {per: [dept]}",
             "error[per]: space.yaml:5:18: `per` names `dept`, which is no parameter\n  hint: did you mean depth?",
         ),
-        ("resources: {lanes: true}", "error[option]: space.yaml:5:20: `resources.lanes` is auto or 1 (got true)"),
+        (
+            "resources: {lanes: 0}",
+            "error[option]: space.yaml:5:20: `resources.lanes` is auto or a whole number of at least 1 (got 0)",
+        ),
+        (
+            "resources: {lanes: true}",
+            "error[option]: space.yaml:5:20: `resources.lanes` is auto or a whole number of at least 1 (got true)",
+        ),
         (
             "resources: {lanes: many}",
-            'error[option]: space.yaml:5:20: `resources.lanes` is auto or 1 (got "many")',
+            'error[option]: space.yaml:5:20: `resources.lanes` is auto or a whole number of at least 1 (got "many")',
         ),
         (
             "resources: {custom: {GPU: 1}}",

@@ -13,7 +13,7 @@ import pytest
 from hpsearch.errors import SpecError, StorageError
 from hpsearch.spec import Spec, parse_spec
 from hpsearch.storage import Place, Storage, read_uri
-from tests.s3_server import CREDENTIALS, S3Server, s3_environment
+from tests.s3_server import CREDENTIALS, S3Server, s3_environment, s3_server
 
 SPACE = "name: s\ntask: t.py:T\nparameters: {lr: {value: 1}}\n"
 SECRETS_HINT = (
@@ -102,11 +102,8 @@ def test_uri_with_a_secret_is_refused_without_repeating_it(uri: str) -> None:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with s3_environment():
-        server = S3Server(tmp_path_factory.mktemp("s3")).start()
-        server.make_bucket("bucket")
-        yield server
-        server.stop()
+    with s3_server(tmp_path_factory.mktemp("s3"), bucket="bucket") as running:
+        yield running
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -212,6 +209,7 @@ def test_server_that_cannot_be_reached_is_told_within_seconds(server: S3Server) 
 
 def test_server_that_accepts_and_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hpsearch.storage.SILENCE_S", 1.0)
+    monkeypatch.setattr("hpsearch.storage.ATTEMPTS", 1)
     with socket.socket() as mute, s3_environment():
         mute.bind(("127.0.0.1", 0))
         mute.listen(64)

@@ -18,7 +18,7 @@ from hpsearch.journal import read_journal
 from hpsearch.state import StudyState
 from hpsearch.storage import Storage
 from tests.mirrored_study import archive_in, launch, missing
-from tests.s3_server import CREDENTIALS, S3Server, s3_environment
+from tests.s3_server import CREDENTIALS, S3Server, s3_server
 
 
 def test_check_leaves_no_token_behind(tmp_path: Path) -> None:
@@ -55,11 +55,8 @@ def test_node_that_comes_later_is_checked_against_what_the_driver_has_written(
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with s3_environment():
-        server = S3Server(tmp_path_factory.mktemp("s3")).start()
-        server.make_bucket("studies")
-        yield server
-        server.stop()
+    with s3_server(tmp_path_factory.mktemp("s3")) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

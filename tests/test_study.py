@@ -18,7 +18,7 @@ from hpsearch.assembly import make_stages, open_study
 from hpsearch.blobs import BlobStore
 from hpsearch.budget import Budget
 from hpsearch.errors import HpsearchError, JournalError, NoUsableTrial, UserCodeError
-from hpsearch.events import Finished, Leased, Opened, Returned
+from hpsearch.events import Event, Finished, Opened, Returned
 from hpsearch.fleets import Launch
 from hpsearch.fleets.local import LocalFleet
 from hpsearch.job import Assignment, DataInfo, Job, Result, TrainJob
@@ -30,6 +30,7 @@ from hpsearch.study import Study
 from hpsearch.trial import TrialState
 from hpsearch.worker import Worker
 from tests import fakes
+from tests.same_study import held
 
 SPACE = """
 name: leases
@@ -87,6 +88,18 @@ def make(tmp_path: Path, clock: Clock) -> Iterator[Callable[..., Study]]:
     yield study
     for each in made:
         each.close()
+
+
+def taken_up(run_dir: Path, *overrides: str, background: bool = False, **environment: str) -> Study:
+    """The study of a directory, begun or gone on with by a driver of its own.
+
+    Args:
+        environment: as the driver tells it: on which host it is, and since when that runs.
+    """
+    spec = parse_spec(SPACE, overrides=overrides)
+    return open_study(
+        run_dir, spec, make_sampler=fakes.make_sampler, environment=environment, background=background, wait_s=0
+    )
 
 
 def take(study: Study, worker: str) -> TrainJob:
@@ -307,7 +320,7 @@ def test_worker_whose_nodes_go_while_it_loads_its_data_is_not_blamed_on_the_task
 def test_disk_that_fails_while_nothing_happens_ends_the_study_with_a_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = open_study(tmp_path, parse_spec(SPACE), make_sampler=fakes.make_sampler, wait_s=0)
+    study = taken_up(tmp_path, background=True)
 
     def fail(self: Study) -> None:
         raise PermissionError("read-only")
@@ -322,18 +335,13 @@ def test_disk_that_fails_while_nothing_happens_ends_the_study_with_a_word(
 
 
 def test_resume_after_the_budget_ended_the_search_keeps_what_came_after_it(tmp_path: Path) -> None:
-    spec = parse_spec(SPACE, overrides=["budget.epochs=6"])
-
-    def opened() -> Study:
-        return open_study(tmp_path, spec, make_sampler=fakes.make_sampler, wait_s=0, background=False)
-
-    study = opened()
+    study = taken_up(tmp_path, "budget.epochs=6")
     study.hello("w", INFO)
     while not any(key.startswith("evaluate/") for key in study.state.results):
         study.push("w", [answer(job) for job in study.pull("w").jobs])
     before = {key for key in study.state.results if key.startswith("evaluate/")}
     study.close()
-    again = opened()
+    again = taken_up(tmp_path, "budget.epochs=6")
     assert before <= set(again.state.results)
     assert again.state.search_ended
     again.close()
@@ -476,6 +484,72 @@ def test_jobs_that_shared_a_process_which_died_are_given_out_singly_until_it_is_
     assert all(trial.crashes == 0 for trial in study.state.trials.values() if trial.number != deadly.trial)
 
 
+def die(study: Study) -> None:
+    """The study's process is killed, its journal on disk."""
+    study._journal.close()
+    study._blobs.close()
+
+
+def test_job_that_takes_the_machine_down_is_failed_after_several_launches_and_its_neighbour_is_not(
+    tmp_path: Path,
+) -> None:
+    deadly, n_boots = 1, 0
+    for n_boots in range(1, 99):
+        study = taken_up(tmp_path, host="here", boot=str(n_boots))
+        if study.state.trials and study.state.trials[deadly].failed:
+            break
+        for name in ("a", "b"):
+            study.hello(name, INFO)
+        hands: dict[str, Job] = {}
+        while deadly not in {job.trial for job in hands.values() if isinstance(job, TrainJob)}:
+            for name in sorted({"a", "b"} - hands.keys()):
+                for job in study.pull(name).jobs:
+                    hands[name] = job
+            if n_boots > 1 and len(hands) == 1:  # after two deaths no two suspects are at work together
+                (name, job), *_ = hands.items()
+                if job.key != f"train/{deadly}/0-1":
+                    study.push(name, [answer(hands.pop(name))])
+        die(study)
+    assert n_boots == MOST_DEATHS + 1
+    trial = study.state.trials[deadly]
+    assert (trial.crashes, trial.message) == (1, "the machine went down 3 times with this job at work")
+    assert all(other.crashes == 0 for other in study.state.trials.values() if other is not trial)
+    for name in ("a", "b"):
+        study.hello(name, INFO)
+        work(study, name)
+    assert study.state.done
+    study.close()
+
+
+@pytest.mark.parametrize(("host", "boot"), [("here", "1"), ("host-{n}", "{n}")], ids=["killed", "moved"])
+def test_driver_that_is_killed_or_moves_to_another_machine_blames_no_job(tmp_path: Path, host: str, boot: str) -> None:
+    for n in range(2 * MOST_DEATHS):
+        study = taken_up(tmp_path, host=host.format(n=n), boot=boot.format(n=n))
+        study.hello("w", INFO)
+        assert take(study, "w").trial == 0
+        die(study)
+    assert StudyState.of(read_journal(tmp_path)).deaths == {}
+
+
+def test_deaths_of_a_job_are_counted_over_all_launches_until_the_task_is_mended(
+    make: Callable[..., Study], tmp_path: Path
+) -> None:
+    for n in range(MOST_DEATHS):
+        study = taken_up(tmp_path)
+        assert study.state.deaths.total() == n
+        study.hello("w", INFO)
+        job = take(study, "w")
+        study.lost("w", "its process died", blame_job=True)
+        die(study)
+    state = StudyState.of(read_journal(tmp_path))
+    assert state.trials[job.trial].crashes == 1
+    assert state.deaths == {}
+    state.apply(Returned(key=job.key, worker="w", reason="", blamed=True), 9.0)
+    assert state.opened is not None
+    state.apply(dataclasses.replace(state.opened, code={"task.py": "mended"}), 10.0)
+    assert state.deaths == {}
+
+
 def take_or_same(study: Study, job: TrainJob) -> TrainJob:
     """The job in the worker's hands, taken again when it was returned."""
     return job if job.key in study.state.leases else take(study, "w")
@@ -574,7 +648,7 @@ def test_data_that_changed_between_two_drivers_are_refused(make: Callable[..., S
     study = make()
     study.hello("a", INFO)
     study.close()
-    again = open_study(tmp_path, parse_spec(SPACE), make_sampler=fakes.make_sampler, background=False, wait_s=0)
+    again = taken_up(tmp_path)
     assert again.hello("a", dataclasses.replace(INFO, fingerprint="other")).error
     again.close()
 
@@ -600,6 +674,82 @@ def test_same_crash_of_three_trials_stops_the_study(make: Callable[..., Study], 
     ended = StudyState.of(read_journal(tmp_path)).ended
     assert ended is not None
     assert (ended.reason, ended.message) == ("failed", str(study.failure))
+
+
+class SlowDisk:
+    """A disk on which a study's journal is stuck until it is let go."""
+
+    def __init__(self, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._commit = study._journal.commit
+        self._free = threading.Event()
+        self.is_waited_for = threading.Event()
+        monkeypatch.setattr(study._journal, "commit", self._stuck)
+
+    def _stuck(self) -> None:
+        if threading.current_thread().name == "keeper":
+            self.is_waited_for.set()
+            assert self._free.wait(20)
+        self._commit()
+
+    def let_go(self) -> None:
+        self._free.set()
+
+
+def test_worker_that_crashed_gets_nothing_before_its_crash_counts_however_slow_the_disk(
+    make: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a bug that every trial hits ends them all, while the first three are on their way to the disk."""
+    study = make(background=True)
+    study.hello("w", INFO)
+    study.hello("other", INFO)
+    disk = SlowDisk(study, monkeypatch)
+    first = take(study, "w")
+    assert disk.is_waited_for.wait(20)
+    study.push("w", [crash(first)])
+    assert study.pull("w").jobs == ()
+    assert take(study, "other").trial != first.trial  # nobody else waits
+    disk.let_go()
+    assert study.pull("w", timeout_s=20.0).jobs
+
+
+def test_worker_is_given_several_jobs_only_of_the_kind_that_it_delivered_last(tmp_path: Path) -> None:
+    """It asks for several since those it had were short: ramps and baselines tell nothing of a trial's length."""
+    study = open_study(tmp_path, parse_spec(SMALL), make_sampler=fakes.make_sampler, background=False)
+    study.hello("w", INFO)
+    kinds: list[tuple[str, int]] = []
+    while "train" not in dict(kinds[:-1]):
+        jobs = study.pull("w", slots=2).jobs
+        kinds.append((jobs[0].kind, len(jobs)))
+        study.push("w", [answer(job) for job in jobs])
+    study.close()
+    assert kinds[0] == ("ramp", 2)
+    assert [n for kind, n in kinds if kind == "train"] == [1, 2]
+
+
+def test_events_are_applied_in_the_order_of_the_journal_while_a_result_waits_for_the_disk(
+    make: Callable[..., Study], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What an asynchronous rule decides depends on the order; a resumed study has only the journal's."""
+    study = make("early_stopping.type=asha", background=True)
+    applied: list[str] = []
+    apply = study.state.apply
+
+    def spied(event: Event, time: float) -> None:
+        applied.append(event.type)
+        apply(event, time)
+
+    monkeypatch.setattr(study.state, "apply", spied)
+    study.hello("a", INFO)
+    disk = SlowDisk(study, monkeypatch)
+    job = take(study, "a")
+    study.push("a", [answer(job)])
+    assert disk.is_waited_for.wait(20)
+    take(study, "b")
+    take(study, "c")
+    disk.let_go()
+    study.close()
+    assert [entry.event.type for entry in read_journal(tmp_path)][-len(applied) :] == applied
+    assert applied.index("finished") < len(applied) - 2
 
 
 def test_retry_of_one_trial_is_not_a_second_witness(make: Callable[..., Study]) -> None:
@@ -714,7 +864,7 @@ def test_full_disk_ends_the_study_and_what_was_kept_goes_on(
         with pytest.raises(JournalError, match="No space left on device"):
             study.push("w", [answer(job)])
     study.close()
-    again = open_study(tmp_path, parse_spec(SPACE), make_sampler=fakes.make_sampler, background=False, wait_s=0)
+    again = taken_up(tmp_path)
     assert again.state.trials[0].epoch == 1
     work(again)
     assert again.state.done
@@ -776,8 +926,7 @@ def test_replaced_checkpoints_are_deleted_and_the_last_and_best_are_kept(
 
 
 def test_many_threads_and_500_trials_leave_a_consistent_journal(tmp_path: Path) -> None:
-    spec = parse_spec(SPACE, overrides=["search.trials=500"])
-    study = open_study(tmp_path, spec, make_sampler=fakes.make_sampler, wait_s=0)
+    study = taken_up(tmp_path, "search.trials=500", background=True)
     threads = [threading.Thread(target=work, args=(study, f"w{index}")) for index in range(8)]
     for thread in threads:
         thread.start()
@@ -790,15 +939,7 @@ def test_many_threads_and_500_trials_leave_a_consistent_journal(tmp_path: Path) 
 
     entries = read_journal(tmp_path)
     assert [entry.seq for entry in entries] == list(range(len(entries)))
-    held: set[str] = set()
-    for event in (entry.event for entry in entries):
-        match event:
-            case Leased(key=key):
-                assert key not in held
-                held.add(key)
-            case Returned(key=key) | Finished(key=key):
-                held.remove(key)
-    assert not held
+    assert held(entries) == set()
 
     replayed = StudyState.of(entries)
     assert replayed.done
@@ -812,7 +953,7 @@ def test_many_threads_and_500_trials_leave_a_consistent_journal(tmp_path: Path) 
 
 def test_worker_that_is_lost_while_it_waits_for_work_is_given_none(tmp_path: Path) -> None:
     """Its question outlives it: a job given in answer would be in nobody's hands."""
-    study = open_study(tmp_path, parse_spec(SPACE, overrides=["search.trials=1"]), make_sampler=fakes.make_sampler)
+    study = taken_up(tmp_path, "search.trials=1", background=True)
     study.hello("a", INFO)
     jobs = [job for _ in range(9) for job in study.pull("a").jobs]  # all there is for now
     waiting = threading.Thread(target=study.pull, args=("b",), kwargs={"timeout_s": 20.0})
@@ -827,8 +968,7 @@ def test_worker_that_is_lost_while_it_waits_for_work_is_given_none(tmp_path: Pat
 
 
 def test_worker_that_waits_is_woken_by_the_result_it_waits_for(tmp_path: Path) -> None:
-    spec = parse_spec(SPACE, overrides=["search.trials=1"])
-    study = open_study(tmp_path, spec, make_sampler=fakes.make_sampler, wait_s=0)
+    study = taken_up(tmp_path, "search.trials=1", background=True)
     study.hello("a", INFO)
     job = take(study, "a")
     while beside := study.pull("c").jobs:  # the baselines, which nobody has to wait for
@@ -954,7 +1094,7 @@ def test_resumed_study_gives_out_what_the_stopped_one_would_have(make: Callable[
         study.push("w", [answer(take(study, "w"))])
     expected = [study.pull("w").jobs[0] for _ in range(3)]
     study.close()
-    again = open_study(tmp_path, parse_spec(SPACE), make_sampler=fakes.make_sampler, background=False, wait_s=0)
+    again = taken_up(tmp_path)
     again.hello("w", INFO)
     given = [again.pull("w").jobs[0] for _ in range(3)]
     assert sorted(given, key=lambda job: job.key) == sorted(expected, key=lambda job: job.key)
@@ -968,7 +1108,7 @@ def test_job_that_a_killed_driver_had_given_out_goes_to_whoever_asks_first(
     study.hello("w", INFO)
     job = take(study, "w")
     study.close()
-    again = open_study(tmp_path, parse_spec(SPACE), make_sampler=fakes.make_sampler, background=False, wait_s=0)
+    again = taken_up(tmp_path)
     again.hello("another", INFO)
     assert take(again, "another") == job
     again.close()
@@ -997,7 +1137,7 @@ def test_larger_budget_goes_on_where_the_smaller_ended(make: Callable[..., Study
     study.close()
     assert study.state.done
     assert study.state.n_epochs < 9
-    again = open_study(tmp_path, parse_spec(SPACE), make_sampler=fakes.make_sampler, background=False, wait_s=0)
+    again = taken_up(tmp_path)
     work(again)
     again.close()
     assert len(again.state.trials) == 9

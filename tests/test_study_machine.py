@@ -25,14 +25,15 @@ from hypothesis.stateful import (
 )
 
 from hpsearch.assembly import open_study
-from hpsearch.events import Finished, Leased, Returned
 from hpsearch.job import Job, Result, TrainJob
 from hpsearch.journal import FILE_NAME, read_journal
+from hpsearch.lane_groups import may_share
 from hpsearch.leases import FIRST_LEASE_S, INHERIT_S, SHORTEST_LEASE_S
 from hpsearch.spec import parse_spec
 from hpsearch.state import StudyState
 from hpsearch.study import Study
 from tests import fakes
+from tests.same_study import held
 
 SPACE = """
 name: machine
@@ -200,6 +201,17 @@ class StudyMachine(RuleBasedStateMachine):
             assert held[job.key] == worker
             self.play.hands[worker].append(job)
 
+    @rule(worker=worker_names, slots=st.integers(1, 4), data=st.data())
+    def fills_its_lanes(self, worker: str, slots: int, data: st.DataObject) -> None:
+        """A worker asks for jobs that may share the program of one that it has, or had when it was last heard from."""
+        if not self.play.hands[worker]:
+            return
+        first = data.draw(st.sampled_from(self.play.hands[worker]))
+        for job in self.play.study.pull(worker, slots, 0.0, first).jobs:
+            assert may_share(first, job)
+            assert self.play.study.state.leases[job.key].beside == first.key
+            self.play.hands[worker].append(job)
+
     @rule(worker=worker_names, together=st.booleans(), data=st.data())
     def pushes(self, worker: str, together: bool, data: st.DataObject) -> None:
         """A worker ends one of its jobs, or all of them."""
@@ -326,15 +338,7 @@ class StudyMachine(RuleBasedStateMachine):
         assert outcome(StudyState.of(entries)) == self.expected
         times = [entry.time for entry in entries]
         assert times == sorted(times)
-        held: set[str] = set()
-        for entry in entries:
-            match entry.event:
-                case Leased(key=key):
-                    assert key not in held
-                    held.add(key)
-                case Returned(key=key) | Finished(key=key):
-                    held.remove(key)
-        assert not held
+        assert held(entries) == set()
 
 
 def test_copy_of_a_crash_that_comes_while_the_retry_is_under_way_is_no_second_crash() -> None:

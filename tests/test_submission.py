@@ -161,7 +161,7 @@ class TestOnACluster:
         rename(project, "slow")
         slow = "def model(self, config):\n        import time; time.sleep(0.4)"
         (project / "laptop" / "task.py").write_text(TASK.replace("def model(self, config):", slow))
-        command = ["launch", "space.yaml", "--address", head.dashboard, "--workers", "2", "--set", "search.trials=60"]
+        command = ["launch", "space.yaml", "--address", head.dashboard, "--workers", "2", "--set", "search.trials=40"]
         process = start(project, *command)
         run_dir = head.home / "hpsearch-runs" / "slow"
         _until(lambda: (run_dir / "journal.jsonl").exists() and len(_state(run_dir).trials) > 3, process)
@@ -190,9 +190,9 @@ class TestOnACluster:
         )  # how to go on, as typed here
         before = _state(run_dir)
         (project / "laptop" / "task.py").write_text(TASK)  # quick again
-        code, out, err = hpsearch(project, *command[:-1], "search.trials=61", "--resume", "--json")
+        code, out, err = hpsearch(project, *command[:-1], "search.trials=41", "--resume", "--json")
         assert code == 0, err
-        assert json.loads(out)["trials"]["total"] == 61
+        assert json.loads(out)["trials"]["total"] == 41
         after = _state(run_dir)
         assert {n: after.trials[n].config for n in before.trials} == {n: t.config for n, t in before.trials.items()}
 

@@ -803,7 +803,7 @@ def test_server_that_dies_in_the_middle_gets_everything_once(
     server: MlflowServer, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = Script("outage").data().search_begins()
-    for number in range(12):
+    for number in range(6):
         script.trial(number, [1.0 / (number + 1), 0.5, 0.4])
     state = script.search_ends().ensemble().ends().state()
     original = MlflowWriter.create_run
@@ -812,7 +812,7 @@ def test_server_that_dies_in_the_middle_gets_everything_once(
     def create_run(self: MlflowWriter, name: str, **kwargs: object) -> str:
         run_id = original(self, name, **kwargs)  # type: ignore[arg-type]
         created.append(name)
-        if len(created) == 6:
+        if len(created) == 4:
             server.stop()
         return run_id
 
@@ -826,7 +826,7 @@ def test_server_that_dies_in_the_middle_gets_everything_once(
     second = tracker.sync(state)
     tracker.close()
     assert (second.error, second.waiting) == (None, 0)
-    names = {f"trial-{n:04d}" for n in range(12)} | {"outage", "ensemble"}
+    names = {f"trial-{n:04d}" for n in range(6)} | {"outage", "ensemble"}
     assert set(runs_of(server.uri, str(second.experiment_id))) == names
     assert len(client_of(server.uri).search_model_versions("name = 'outage'")) == 1
 

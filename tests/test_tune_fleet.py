@@ -1,12 +1,16 @@
-"""TuneFleet keeps the contract with real Ray, and survives a killed worker."""
+"""TuneFleet keeps the contract with real Ray, and survives a killed worker.
+
+Most tests share one cluster, as a launch with --address does; two have one of their own, as a launch without.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,15 +45,32 @@ def suicidal_executor(spec: Spec, folder: Path) -> SuicidalExecutor:
     return SuicidalExecutor(folder / "killed")
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    yield cluster
+    cluster.shutdown()
+
+
+def own_cluster(launch: Launch) -> Fleet:
+    return TuneFleet(launch, workers=2)
+
+
 class TestTuneFleet(FleetContract):
     @pytest.fixture
-    def fleet(self) -> Callable[[Launch], Fleet]:
-        return lambda launch: TuneFleet(launch, workers=2)
+    def fleet(self, cluster: Any) -> Callable[[Launch], Fleet]:
+        return lambda launch: TuneFleet(launch, workers=2, address=cluster.address)
 
-    def test_killed_worker_is_restarted_and_its_job_done(
-        self, fleet: Callable[[Launch], Fleet], launch: Launch
-    ) -> None:
-        state = self.run(fleet, dataclasses.replace(launch, make_executor=suicidal_executor))
+    def test_study_runs_to_its_end(self, fleet: Callable[[Launch], Fleet], launch: Launch) -> None:
+        super().test_study_runs_to_its_end(own_cluster, launch)
+
+    def test_interrupt_keeps_what_was_finished(self, fleet: Callable[[Launch], Fleet], launch: Launch) -> None:
+        super().test_interrupt_keeps_what_was_finished(own_cluster, launch)
+
+    def test_killed_worker_is_restarted_and_its_job_done(self, launch: Launch) -> None:
+        state = self.run(own_cluster, dataclasses.replace(launch, make_executor=suicidal_executor))
         assert (launch.folder / "killed").exists()
         assert state.done
         assert len(state.trials) == 27

@@ -110,9 +110,11 @@ def test_whole_verdict_of_a_whole_study() -> None:
             "val": {"loss": 0.3, "accuracy": 0.7},
             "test": {"loss": 0.32, "accuracy": 0.9},
             "test_intervals": {"loss": {"value": 0.32, "low": 0.3, "high": 0.34}},
+            "evaluated": None,
             "confirmed": None,
         },
         "baselines": {"gain": None},
+        "baseline": None,
         "diagnosis": {
             "best": [],
             "space": [{"name": "diverged", "words": "1 of 3 trials diverged (33%)", "hint": ""}],
@@ -176,6 +178,7 @@ def test_ranking_is_by_the_best_epoch_with_the_lower_number_first_and_diverged_l
         "trial": 1,
         "config": {"lr": 0.05},
         "state": "complete",
+        "baseline": False,
         "epoch": 2,
         "epochs_trained": 3,
         "n_parameters": 99,
@@ -190,8 +193,8 @@ def test_trial_that_never_ended_an_epoch_has_no_metrics() -> None:
     state = state_of(TrialDrawn(trial=0, config={}, seed=0))
     (row,) = top(state)
     assert row == {
-        "trial": 0, "config": {}, "state": "waiting", "epoch": 0, "epochs_trained": 0, "n_parameters": None, "val": {},
-        "diagnosis": [],
+        "trial": 0, "config": {}, "state": "waiting", "baseline": False, "epoch": 0, "epochs_trained": 0,
+        "n_parameters": None, "val": {}, "diagnosis": [],
     }  # fmt: skip
     assert val_metrics(state.trials[0]) == {}
 

@@ -10,7 +10,7 @@ import pytest
 
 from hpsearch.errors import ClusterError, HpsearchError, JournalError, ProcessSpent, UserCodeError
 from hpsearch.job import Assignment, DataInfo, Job, ProbeJob, Result
-from hpsearch.worker import BATCH_S, SHORT_JOB_S, TELL_S, LooksAhead, Worker, internal_error
+from hpsearch.worker import BATCH_S, SHORT_JOB_S, TELL_S, LooksAhead, More, Worker, internal_error
 from tests import fakes
 
 
@@ -27,6 +27,7 @@ class FakeStudy:
     calls: list[tuple[object, ...]] = field(default_factory=list)
     errors: list[HpsearchError] = field(default_factory=list)
     pushes: list[int] = field(default_factory=list)  # results in each
+    beside: list[Assignment] = field(default_factory=list)  # answers to a worker with free lanes
 
     def arriving(self, worker: str, node: str = "", pid: int = 0) -> None:
         """Told before the data are loaded; these tests look at what follows."""
@@ -35,8 +36,10 @@ class FakeStudy:
         self.calls.append(("hello", worker, info.fingerprint))
         return self.answer
 
-    def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0) -> Assignment:
-        self.calls.append(("pull", slots))
+    def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0, beside: Job | None = None) -> Assignment:
+        self.calls.append(("pull", slots) if beside is None else ("pull beside", slots, beside.key))
+        if beside is not None:
+            return self.beside.pop(0) if self.beside else Assignment()
         return self.assignments.pop(0) if self.assignments else Assignment(ended=True)
 
     def push(self, worker: str, results: Sequence[Result]) -> None:
@@ -203,7 +206,7 @@ def test_refused_worker_says_why_and_asks_for_nothing() -> None:
 
 def test_study_that_is_gone_ends_the_worker_in_silence() -> None:
     class Gone(FakeStudy):
-        def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0) -> Assignment:
+        def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0, beside: Job | None = None) -> Assignment:
             raise ClusterError("the study is gone")
 
     study = Gone()
@@ -226,7 +229,7 @@ def test_checkpoint_that_is_gone_ends_the_study_with_its_message() -> None:
 
 def test_error_of_the_study_met_in_an_answer_is_told_and_not_raised() -> None:
     class Defective(FakeStudy):
-        def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0) -> Assignment:
+        def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0, beside: Job | None = None) -> Assignment:
             raise HpsearchError("internal error: KeyError: 'lr'")
 
     study = Defective()
@@ -326,7 +329,7 @@ def test_alarm_is_set_anew_by_each_sign_of_life_and_off_while_the_worker_waits(c
     alarm = FakeAlarm()
 
     class Listening(FakeStudy):
-        def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0) -> Assignment:
+        def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0, beside: Job | None = None) -> Assignment:
             assert not alarm.calls or alarm.calls[-1] is None
             return super().pull(worker, slots, timeout_s)
 
@@ -398,3 +401,80 @@ def test_process_that_is_spent_while_it_begins_or_works_tells_the_study_of_no_er
         with pytest.raises(ProcessSpent):
             Worker("w", study, make).run()
     assert not any(call[0] == "broken" for call in study.calls)
+
+
+class LaneExecutor(TimedExecutor):
+    """Asks for two jobs more whenever one is done."""
+
+    wear = ""
+
+    def fills(self, job: Job) -> bool:
+        return True
+
+    def worn(self) -> str:
+        return self.wear
+
+    def run(
+        self,
+        jobs: Sequence[Job],
+        fetch: Callable[[str], bytes],
+        progress: Callable[[str, int], None],
+        more: More | None = None,
+    ) -> Iterator[Result]:
+        assert more is not None
+        waiting = list(jobs)
+        while waiting:
+            job = waiting.pop(0)
+            self._clock.now += self.job_s
+            yield Result(key=job.key)
+            waiting += more(job, 2)
+
+
+def test_free_lanes_are_filled_after_what_is_done_was_told(clock: Clock) -> None:
+    further = [Assignment(jobs=(probe(2), probe(3))), Assignment()]
+    study = AheadStudy([Assignment(jobs=(probe(1),)), Assignment()], beside=further)
+    Worker("w", study, lambda: LaneExecutor(clock, 0.001), most_at_once=8).run()
+    assert study.calls == [
+        ("hello", "w", "fake"),
+        ("pull", 1),
+        ("push", "probe/1"),
+        ("pull beside", 2, "probe/1"),
+        ("push", "probe/2"),
+        ("pull beside", 2, "probe/2"),
+        ("push", "probe/3"),
+        ("pull beside", 2, "probe/3"),
+        ("pull", 1),  # nothing was asked ahead, and one job is asked for however short they are
+        ("pull", 1),
+    ]
+
+
+def test_worn_executor_gets_no_more_lanes_and_makes_room(clock: Clock) -> None:
+    executor = LaneExecutor(clock, 9.0)
+    executor.wear = "it keeps the memory of its GPU"
+    study = FakeStudy([Assignment(jobs=(probe(1),))], beside=[Assignment(jobs=(probe(2),))])
+    with pytest.raises(ProcessSpent, match="memory"):
+        Worker("w", study, lambda: executor).run()
+    assert study.calls == [("hello", "w", "fake"), ("pull", 1), ("push", "probe/1")]
+
+
+def test_lanes_are_not_filled_while_other_jobs_are_on_their_way(clock: Clock) -> None:
+    class Undecided(LaneExecutor):
+        def fills(self, job: Job) -> bool:
+            return False
+
+        def run(
+            self,
+            jobs: Sequence[Job],
+            fetch: Callable[[str], bytes],
+            progress: Callable[[str, int], None],
+            more: More | None = None,
+        ) -> Iterator[Result]:
+            given.append(more is not None)
+            for job in jobs:
+                self._clock.now += self.job_s
+                yield Result(key=job.key)
+
+    given: list[bool] = []
+    study = AheadStudy([Assignment(jobs=(probe(number),)) for number in range(3)])
+    Worker("w", study, lambda: Undecided(clock, SHORT_JOB_S / 2), most_at_once=1).run()
+    assert given == [True, False, False]  # from the second on the next was asked for ahead

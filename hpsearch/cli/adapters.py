@@ -35,6 +35,7 @@ def make_executor(spec: Spec, folder: Path) -> Executor:
 
     task = load_task(spec.task, folder)
     task.metric_names = tuple(dict.fromkeys([*task.metric_names, *spec.metric_names]))
+    task.precision = spec.precision
     gpus = spec.resources.gpus
     if gpus > 1 and not has_own_fit(task):
         raise UserCodeError(
@@ -51,5 +52,6 @@ def make_executor(spec: Spec, folder: Path) -> Executor:
         metric=spec.metric.name,
         goal=spec.metric.goal,
         shuffle=spec.shuffle,
+        lanes=None if spec.resources.lanes == "auto" else spec.resources.lanes,
         guard_memory=guard_of(min(gpus, 1.0)),
     )

@@ -13,6 +13,7 @@ from hpsearch.cli.output import is_terminal, number, say
 from hpsearch.events import (
     Damaged,
     DataSeen,
+    Evaluated,
     Finished,
     OutOfRoom,
     RangeMeasured,
@@ -47,6 +48,7 @@ class Display:
         self._n_diverged = 0
         self._n_crashed = 0
         self._n_returned = 0
+        self._one_lane: set[str] = set()  # why trials of some group cannot share a program, each told once
         self._n_damaged = 0
 
     def __enter__(self) -> Display:
@@ -87,6 +89,8 @@ class Display:
                 say(f"{STAGE_TITLES.get(stage, stage)} …")
             case StageEnded(stage="preflight"):
                 self._preflight()
+            case Evaluated() as found:
+                say(_folds_line(found))
             case StageEnded(stage="search", reason=reason):
                 say(f"search: {self._progress()}" + (f" (ended by {reason})" if reason else ""))
             case RangeMeasured() as measured:
@@ -97,6 +101,9 @@ class Display:
             case Finished(outcome="crashed" | "out_of_memory" as outcome) as result:
                 self._n_crashed += 1
                 self._warn(self._n_crashed, outcome.replace("_", "-"), result)
+            case Finished(values={"one_lane": str() as why}) if why not in self._one_lane:
+                self._one_lane.add(why)
+                say(f"note: lanes: trials as trial {entry.event.trial} are {why}")
             case Returned(key=key, reason=reason):
                 self._n_returned += 1
                 if self._n_returned <= WARNINGS_SHOWN:
@@ -169,6 +176,17 @@ class Display:
             value = best.best_metrics.get(metric["name"])
             line += f"; best {metric['name']} {number(value)} (trial {best.number}, epoch {best.best_epoch})"
         return line
+
+
+def _folds_line(found: Evaluated) -> str:
+    """`evaluate: trial 3 is first of 8 by 5 folds; 4 were given up before the last`"""
+    if not found.standings:
+        return "warning[evaluate]: none of the best trials came through its folds; the search's own order stands"
+    n_given_up = sum(row["chance"] is None for row in found.standings)
+    return (
+        f"evaluate: trial {found.standings[0]['trial']} is first of {len(found.standings)} by "
+        f"{found.folds * found.repeats} folds; {n_given_up} were given up before the last"
+    )
 
 
 def _range_line(measured: RangeMeasured) -> str:

@@ -20,6 +20,7 @@ def environment(folder: Path) -> dict[str, object]:
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "platform": platform.platform(),
         "host": platform.node(),
+        "boot": _boot(),
         "cores": os.cpu_count() or 0,
         "user": _user(),
         "command": " ".join(["hpsearch", *sys.argv[1:2]]),  # its options may hold secrets
@@ -32,6 +33,16 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return ""
+
+
+def _boot() -> str:
+    """Names the time since this machine, or this container, was started; "" where the system does not tell."""
+    try:
+        kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        first_process = Path("/proc/1/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return f"{kernel}/{first_process[19]}"  # proc(5): starttime, of a container the time when it was started
 
 
 def _user() -> str:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ from hpsearch.cli.spec_verbs import SPACE
 from hpsearch.cli.verdict_text import lr_table, verdict_text
 from hpsearch.errors import NoUsableTrial, UsageError
 from hpsearch.fleets import Fleet, Launch
-from hpsearch.forecast import forecast
+from hpsearch.forecast import FoldForecast, forecast
 from hpsearch.rungs import rung_epochs
 from hpsearch.spec import Spec, read_spec
 from hpsearch.state import Entry, StudyState
@@ -67,7 +68,7 @@ def launch(
     """The whole study of SPACE, a space.yaml: LR range, search, ensemble, MLflow."""
     started_at = time.monotonic()
     spec = read_spec(space, overrides)
-    _check_address(address, fleet)
+    _check_fleet(fleet, address, spec)
     if address is not None and is_remote(address) and not dry_run:
         flags = {"--resume": resume, "--skip-preflight": skip_preflight, "--json": as_json}
         run_there(
@@ -131,7 +132,7 @@ def lr_find(
     """The learning rates worth searching in each branch of SPACE."""
     started_at = time.monotonic()
     spec = read_spec(space, overrides)
-    _check_address(address, fleet)
+    _check_fleet(fleet, address, spec)
     if address is not None and is_remote(address):
         run_there(
             Order(
@@ -273,7 +274,14 @@ def make_launch(spec: Spec, space: Path, run_dir: Path, stages: tuple[str, ...])
     )
 
 
-def _check_address(address: str | None, fleet: str) -> None:
+def _check_fleet(fleet: str, address: str | None, spec: Spec) -> None:
+    """Raises UsageError where the fleet cannot be what the command line and the spec ask for."""
+    if fleet == "local" and spec.resources.gpus > 1:
+        raise UsageError(
+            f"resources.gpus is {spec.resources.gpus:g}, and a worker of several GPUs is several processes, which "
+            "--fleet local does not start: it runs everything in this one",
+            hint="leave --fleet out, or try it with --set resources.gpus=1",
+        )
     if address is not None and fleet == "local":
         raise UsageError(
             "--address names a Ray cluster, which --fleet local does not use", hint="leave one of them out"
@@ -300,6 +308,8 @@ def _tell_plan(spec: Spec, run_dir: Path, folder: Path, as_json: bool) -> None:
     rungs = (*rungs, stopping.max_epochs)
     with contextlib.redirect_stdout(sys.stderr):  # the task's code may print
         disk = forecast(spec, folder, run_dir)
+    folds = FoldForecast.of(spec)
+    own = spec.baseline is not None
     plan = {
         "study": spec.name,
         "run_dir": str(run_dir),
@@ -307,8 +317,10 @@ def _tell_plan(spec: Spec, run_dir: Path, folder: Path, as_json: bool) -> None:
         "trials": spec.search.trials,
         "searched_parameters": spec.space.n_dims,
         "rungs": rungs,
-        "epochs_without_stopping": spec.search.trials * stopping.max_epochs,
-        "epochs_expected": _expected_epochs(spec, rungs[:-1]),
+        "baseline": own,
+        "epochs_without_stopping": (spec.search.trials + own) * stopping.max_epochs,
+        "epochs_expected": _expected_epochs(spec, rungs[:-1]) + own * stopping.max_epochs,
+        "evaluate": None if folds is None else asdict(folds),
         "ramps": len(branches) * spec.lr_range.seeds,
         "branches": branches,
         "disk": disk.as_json(),
@@ -316,7 +328,10 @@ def _tell_plan(spec: Spec, run_dir: Path, folder: Path, as_json: bool) -> None:
     if as_json:
         print_json(plan)
         return
-    click.echo(f"{spec.name}: {plan['trials']} trials over {plan['searched_parameters']} searched parameters")
+    click.echo(
+        f"{spec.name}: {plan['trials']} trials over {plan['searched_parameters']} searched parameters"
+        + (", and your baseline config" if own else "")
+    )
     if branches:
         click.echo(f"LR range: {plan['ramps']} ramps of {spec.lr_range.steps} steps in {len(branches)} branches")
     else:
@@ -326,6 +341,8 @@ def _tell_plan(spec: Spec, run_dir: Path, folder: Path, as_json: bool) -> None:
     click.echo(
         f"epochs: about {plan['epochs_expected']:,} of {plan['epochs_without_stopping']:,} without early stopping"
     )
+    if folds is not None:
+        click.echo(folds.line())
     for line in disk.lines():
         click.echo(line)
     click.echo(f"run directory: {run_dir}. Nothing was started.")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
 
 from hpsearch.blobs import BlobStore
-from hpsearch.cli.output import json_option, number, print_json, say, table
+from hpsearch.cli.output import interval, json_option, number, print_json, say, table
 from hpsearch.errors import UsageError
 from hpsearch.events import Returned
 from hpsearch.journal import is_locked, read_journal
@@ -18,7 +19,7 @@ from hpsearch.space_diagnosis import findings, reference
 from hpsearch.spec import Spec
 from hpsearch.state import StudyState
 from hpsearch.trial import TrialState
-from hpsearch.verdict import diagnosis, epochs, lr_ranges, space_remarks, trial_counts, val_metrics
+from hpsearch.verdict import diagnosis, epochs, lr_ranges, own_config, space_remarks, trial_counts, val_metrics
 from hpsearch.verdict import top as ranking
 
 RUN = click.Path(path_type=Path)
@@ -67,6 +68,7 @@ def status(run: Path, address: str | None, as_json: bool) -> None:
         "epochs": epochs(state),
         "lr_range": lr_ranges(state),
         "best": None if best is None else {"trial": best.number, "epoch": best.best_epoch, "val": val_metrics(best)},
+        "baseline": own_config(state),
         "diagnosis": diagnosis(state),
         "message": state.ended.message if state.ended else "",
     }
@@ -78,7 +80,7 @@ def status(run: Path, address: str | None, as_json: bool) -> None:
     if best is not None:
         figures = ", ".join(f"val_{name} {number(value)}" for name, value in val_metrics(best).items())
         click.echo(f"best so far: trial {best.number} at epoch {best.best_epoch}: {figures}")
-    for line in remark_lines(state):
+    for line in own_config_lines(state) + remark_lines(state):
         click.echo(line)
     if state.ended and state.ended.message:
         click.echo(state.ended.message)
@@ -132,9 +134,10 @@ def top_table(state: StudyState, k: int) -> str:
     for rank, trial in enumerate(trials, start=1):
         value = trial.best_metrics.get(metric)
         epoch = trial.best_epoch if trial.best_epoch is not None else trial.epoch
+        name_of = f"{trial.number} (baseline)" if trial.baseline else str(trial.number)
         cells = [number(trial.config.get(name, "")) if name in trial.config else "" for name in shown]
         said = ", ".join(found.finding for found in findings(trial, known) if not trial.diverged)
-        rows.append([str(rank), str(trial.number), str(trial.state), number(value), str(epoch), *cells, said])
+        rows.append([str(rank), name_of, str(trial.state), number(value), str(epoch), *cells, said])
     return table(["rank", "trial", "state", metric, "epoch", *shown, "diagnosis"], rows)
 
 
@@ -214,6 +217,27 @@ def _unknown_error(state: StudyState, spec: Spec, best: int) -> UsageError:
         f"{what} before stage {stages[0]} has ended",
         hint="wait for it, or go on with hpsearch launch --resume",
     )
+
+
+def own_config_lines(state: StudyState) -> list[str]:
+    """`your baseline config: trial 64, rank 12 of 65, complete; the winner, trial 3, is better: …`; nothing without."""
+    own = own_config(state)
+    if own is None:
+        return []
+    told = f"your baseline config: trial {own['trial']}, rank {own['rank']} of {own['of']}, {own['state']}"
+    gain = own["gain"]
+    if state.selected is not None and state.selected.best == own["trial"]:
+        return [f"{told}: it is the winner"]
+    if state.selected is None or not isinstance(gain, Mapping):
+        return [told]
+    word = {True: "better", False: "worse"}.get(gain["better"])
+    by = f"{gain['split']} {gain['metric']} differs by {interval(gain['value'], gain)}"
+    winner = f"the winner, trial {state.selected.best}"
+    if gain["low"] is None:
+        return [f"{told}; {winner}: {by}; too few rows for an interval, so undecided"]
+    if word is None:
+        return [f"{told}; {winner}: {by}: no difference that {gain['n_rows']:,} rows can show"]
+    return [f"{told}; {winner}, is {word}: {by}"]
 
 
 def remark_lines(state: StudyState) -> list[str]:

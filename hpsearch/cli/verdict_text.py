@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from hpsearch.cli.output import interval, number, table, tool
-from hpsearch.cli.run_verbs import counts_line, remark_lines
+from hpsearch.cli.run_verbs import counts_line, own_config_lines, remark_lines
 from hpsearch.state import StudyState
 from hpsearch.tracker.outbox import redact
 from hpsearch.verdict import baselines
@@ -34,8 +34,10 @@ def verdict_text(
         lines.append(f"the ensemble is trial {members[0]['trial']} alone: no other checkpoint improved it")
     if not isinstance(members, list) or _differs(members, best):
         lines.append(_gain_line(_mapping(ensemble.get("gain"))))
+    lines += _evaluated_lines(state)
     lines += _confirmed_lines(state)
     lines += _baseline_lines(state)
+    lines += own_config_lines(state)
     lines += [f"trial {best['trial']}: {said}" for said in _listed(_mapping(outcome["diagnosis"]).get("best"))]
     lines += _notes(state) + remark_lines(state)
     if report is not None and report.test_uses is not None and report.test_uses > 1:
@@ -101,6 +103,30 @@ def _gain_line(gain: Mapping[str, object]) -> str:
     better = gain.get("better")
     verdict = word[better if isinstance(better, bool) else None]
     return f"ensemble − best trial, test {gain['metric']}: {interval(gain['value'], gain)}: {verdict}"
+
+
+def _evaluated_lines(state: StudyState) -> list[str]:
+    """What the folds say of the best few, and who was given up on the way."""
+    found = state.evaluated
+    if found is None:
+        return []
+    rows = [
+        [
+            f"trial {row['trial']}",
+            number(row["searched"]),
+            interval(row["corrected"], row),
+            str(row["epoch"]),
+            f"{row['folds']} of {found.folds * found.repeats}",
+            "given up" if row["chance"] is None else f"{float(str(row['chance'])):.0%}",
+        ]
+        for row in found.standings
+    ]
+    header = ["cross-validated", "searched", "mean of folds", "epoch", "folds", "chance to be the best"]
+    lines = ["", *table(header, rows).splitlines()] if rows else []
+    if found.out:
+        told = ", ".join(map(str, found.out))
+        lines.append(f"note: out of the race, since training on some fold went wrong: trial {told}")
+    return lines
 
 
 def _confirmed_lines(state: StudyState) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any
 from hpsearch.errors import ClusterError, HpsearchError, internal_error
 from hpsearch.fleets import Launch
 from hpsearch.fleets.watchdog import Watchdog
-from hpsearch.job import Assignment, DataInfo, Result
+from hpsearch.job import Assignment, DataInfo, Job, Result
 from hpsearch.leases import INHERIT_S
 from hpsearch.study import Study
 from hpsearch.worker import Executor, LooksAhead, Worker
@@ -73,8 +73,8 @@ class StudyActor:
     def hello(self, worker: str, info: DataInfo) -> Assignment:
         return self._study.hello(worker, info)
 
-    def pull(self, worker: str, slots: int, timeout_s: float) -> Assignment:
-        return self._study.pull(worker, slots, timeout_s)
+    def pull(self, worker: str, slots: int, timeout_s: float, beside: Job | None = None) -> Assignment:
+        return self._study.pull(worker, slots, timeout_s, beside)
 
     def push(self, worker: str, results: Sequence[Result]) -> None:
         self._study.push(worker, results)
@@ -136,9 +136,12 @@ class ActorClient(LooksAhead):
         told: Assignment = answer(self._study.hello.remote(worker, info))
         return told
 
-    def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0) -> Assignment:
+    def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0, beside: Job | None = None) -> Assignment:
         asked, self._ahead = self._ahead, None
-        told: Assignment = answer(asked if asked is not None else self._study.pull.remote(worker, slots, timeout_s))
+        assert asked is None or beside is None, "what was asked ahead is for whoever has nothing in hand"
+        if asked is None:
+            asked = self._study.pull.remote(worker, slots, timeout_s, beside)
+        told: Assignment = answer(asked)
         self._hands.update(dict.fromkeys(job.key for job in told.jobs))
         return told
 

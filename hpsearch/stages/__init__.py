@@ -6,9 +6,9 @@ is resumed, and answers three questions: what may be done now, what can be concl
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from hpsearch.events import Event
+from hpsearch.events import Damaged, Dropped, Event, Finished, Opened
 from hpsearch.job import Job
 
 
@@ -31,3 +31,20 @@ class Stage(Protocol):
 
     def lost(self, worker: str) -> None:
         """A worker is gone, with all that it held in memory."""
+
+
+@runtime_checkable
+class FillsLanes(Protocol):
+    """A stage some of whose jobs may run in one program, a lane each."""
+
+    def next_beside(self, worker: str, job: Job) -> Job | None:
+        """A job that may run now in the program of one that the worker has in hand (`lane_groups.may_share`)."""
+
+
+def may_reorder(event: Event) -> bool:
+    """Whether an event may change which trials are the best, or what there is of them.
+
+    Ranking ten thousand trials for every question would cost seconds, so stages remember theirs until then.
+    """
+    trained = isinstance(event, Finished) and (event.trial is not None or event.key.startswith("rebuild/"))
+    return trained or isinstance(event, Opened | Dropped | Damaged)

@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from hpsearch.events import Confirmed, Damaged, Dropped, Event, Finished, Opened
+from hpsearch.events import Confirmed, Evaluated, Event, Finished
 from hpsearch.intervals import mean_interval
 from hpsearch.job import ConfirmJob, Job
 from hpsearch.racing import Standing, next_run, standings
 from hpsearch.sampler import derived_seed
+from hpsearch.stages import may_reorder
 from hpsearch.state import StudyState
 from hpsearch.trial import TrialRecord
 
@@ -52,8 +53,7 @@ class Confirm:
         self._best: list[TrialRecord] | None = None  # as of the last event that could change it
 
     def apply(self, event: Event) -> None:
-        trained = isinstance(event, Finished) and (event.trial is not None or event.key.startswith("rebuild/"))
-        if trained or isinstance(event, Opened | Dropped | Damaged):
+        if may_reorder(event) or isinstance(event, Evaluated):
             self._best = None
 
     def lost(self, worker: str) -> None:
@@ -90,10 +90,17 @@ class Confirm:
         return self._state.confirmed is not None
 
     def _candidates(self) -> list[TrialRecord]:
-        """The best few by the search's own score; those whose fresh run went wrong are out of the race."""
+        """The best few; those whose fresh run went wrong are out of the race."""
         if self._best is None:
-            self._best = self._state.candidates(self._settings.trials)
+            self._best = self._the_best()
         return [trial for trial in self._best if all(self._is_sound(run) for run in self._runs(trial).values())]
+
+    def _the_best(self) -> list[TrialRecord]:
+        """The first few: by folds where these were trained, else by the search's own score."""
+        if self._state.evaluated is None:
+            return self._state.candidates(self._settings.trials)
+        ranked = [self._state.trials[int(str(row["trial"]))] for row in self._state.evaluated.standings]
+        return [trial for trial in ranked if trial.usable][: self._settings.trials]
 
     def _is_sound(self, run: Finished) -> bool:
         """Whether a fresh run ended well, with a finite score."""

@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from hpsearch.events import Compared, Damaged, Dropped, Event, Finished, Opened, Selected
+from hpsearch.events import Compared, Event, Finished, Selected
 from hpsearch.intervals import Interval, better, mean_interval, paired_interval, sign_flip_chance, wilson_interval
 from hpsearch.job import EvaluateJob, ExportJob, Job, Member, RebuildJob, SplitName, evaluation_key, rebuild_key
 from hpsearch.selection import select_greedy
+from hpsearch.stages import may_reorder
 from hpsearch.state import StudyState
 from hpsearch.trial import TrialRecord
 
@@ -34,7 +35,7 @@ class EnsembleSettings:
     study_seed: int
     metric: str  # the study's metric without its split
     goal: Literal["minimize", "maximize"]
-    confirmed: int = 0  # trials of which fresh seeds choose the best
+    confirmed: int = 0  # trials of which fresh seeds or folds choose the best
     combine: bool  # False: `ensemble: {enabled: false}`, the best single trial alone is measured and packaged
 
 
@@ -56,9 +57,7 @@ class EnsembleStage:
         self._pool: list[TrialRecord] | None = None  # as of the last event that could change it
 
     def apply(self, event: Event) -> None:
-        """Only the pool is remembered: ranking ten thousand trials for every question would cost seconds."""
-        trained = isinstance(event, Finished) and (event.trial is not None or event.key.startswith("rebuild/"))
-        if trained or isinstance(event, Opened | Dropped | Damaged):
+        if may_reorder(event):
             self._pool = None
 
     def lost(self, worker: str) -> None:
@@ -78,7 +77,7 @@ class EnsembleStage:
         if self._selected() is None:
             selected = self._select()
             return [] if selected is None else [selected]
-        if not self._compared() and self._is_over(self._test_jobs()):
+        if not self._compared() and self._is_over([*self._test_jobs(), *self._own_jobs()]):
             return [self._compare()]
         return []
 
@@ -106,7 +105,7 @@ class EnsembleStage:
     def _jobs(self) -> list[EvaluateJob | ExportJob]:
         if self._selected() is None:
             return list(self._pool_jobs())
-        return [*self._export_jobs(), *self._test_jobs(), *self._val_jobs()]
+        return [*self._export_jobs(), *self._test_jobs(), *self._own_jobs(), *self._val_jobs()]
 
     def _pool_jobs(self) -> list[EvaluateJob]:
         if not self._settings.combine:
@@ -116,7 +115,14 @@ class EnsembleStage:
     def _test_jobs(self) -> list[EvaluateJob]:
         if not self._has_test():
             return []
-        return [self._evaluate(self._best(), "test", keep=False), self._evaluate(self._members(), "test", keep=False)]
+        models = [self._best(), self._members(), *self._own()]
+        return [self._evaluate(model, "test", keep=False) for model in models]
+
+    def _own_jobs(self) -> list[EvaluateJob]:
+        """What the trial of the user's own config is held against the best by, where there is no test split."""
+        if self._has_test() or not self._own():
+            return []
+        return [self._evaluate(model, "ensemble", keep=True) for model in (self._best(), *self._own())]
 
     def _val_jobs(self) -> list[EvaluateJob]:
         return [self._evaluate(self._members(), "val", keep=False)]
@@ -179,6 +185,14 @@ class EnsembleStage:
         assert selected is not None
         return [(self._state.trials[selected.best], 1.0)]
 
+    def _own(self) -> list[list[tuple[TrialRecord, float]]]:
+        """The trial of the user's own config, as a model to be measured; none where it is the best, or of no use."""
+        trial = self._state.own_trial
+        best = self._selected()
+        assert best is not None
+        usable = trial is not None and trial.usable and trial.number != best.best
+        return [[(trial, 1.0)]] if trial is not None and usable else []
+
     def _members(self) -> list[tuple[TrialRecord, float]]:
         selected = self._selected()
         assert selected is not None
@@ -196,7 +210,7 @@ class EnsembleStage:
         pool = self.pool()
         if not pool:
             return None
-        best = next((n for n in self._state.confirmed_order if self._state.trials[n].usable), pool[0].number)
+        best = next((n for n in self._state.leaders if self._state.trials[n].usable), pool[0].number)
         if not self._settings.combine:
             return Selected(n_trials=self._settings.n_trials, best=best, pool=(best,), members=((best, 1.0),))
         if not self._is_over(self._pool_jobs()):
@@ -221,8 +235,13 @@ class EnsembleStage:
 
     def _compare(self) -> Compared:
         if not self._has_test():
-            return Compared(n_trials=self._settings.n_trials, gain={}, over_baseline=self._over_baseline_untested())
-        best, ensemble = (self._state.results[job.key] for job in self._test_jobs())
+            return Compared(
+                n_trials=self._settings.n_trials,
+                gain={},
+                over_baseline=self._over_baseline_untested(),
+                over_own=self._over_own("ensemble"),
+            )
+        best, ensemble, *_ = (self._state.results[job.key] for job in self._test_jobs())
         if best.outcome != "done" or ensemble.outcome != "done":
             return Compared(n_trials=self._settings.n_trials, gain={})
         of_best = self._arrays(str(best.values["row_scores"]))
@@ -236,7 +255,22 @@ class EnsembleStage:
             gain={"metric": metric, **_numbers(gain), "better": better(gain, goal)},
             intervals={"best": _row_intervals(of_best, seed), "ensemble": _row_intervals(of_ensemble, seed)},
             over_baseline=self._over_baseline(of_ensemble, "test"),
+            over_own=self._over_own("test"),
         )
+
+    def _over_own(self, split: SplitName) -> dict[str, object]:
+        """The best single trial against that of the user's own config, row by row."""
+        models = [self._best(), *self._own()]
+        keys = [evaluation_key(split, [(trial.number, weight) for trial, weight in model]) for model in models]
+        results = [self._state.results[key] for key in keys if key in self._state.results]
+        if len(results) < 2 or any(result.outcome != "done" for result in results):
+            return {}
+        best, own = (self._arrays(str(result.values["row_scores"])) for result in results)
+        metric = self._settings.metric if self._settings.metric in best and self._settings.metric in own else "loss"
+        goal = self._settings.goal if metric == self._settings.metric else "minimize"
+        gain = paired_interval(best[metric], own[metric], seed=self._settings.study_seed)
+        told = {"metric": metric, **_numbers(gain), "better": better(gain, goal), "split": split}
+        return {"trial": models[1][0][0].number, **told, "n_rows": len(best[metric])}
 
     def _over_baseline_untested(self) -> dict[str, object]:
         """Without a test split the best single trial is held against the baseline, on the rows that chose the ensemble:

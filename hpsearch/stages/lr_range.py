@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from hpsearch.events import Event, Finished, RangeMeasured
 from hpsearch.job import Config, Job, ProbeJob, RampJob
+from hpsearch.lane_groups import may_share
 from hpsearch.lr_curve import LrMeasurement, confirm_range, measure_range, probe_lrs, ramp_lrs
 from hpsearch.state import StudyState
 
@@ -67,6 +68,9 @@ class LrRange:
 
     def next_job(self, worker: str) -> Job | None:
         return next((job for job in self._jobs() if self._free(job.key)), None)
+
+    def next_beside(self, worker: str, job: Job) -> Job | None:
+        return next((other for other in self._jobs() if self._free(other.key) and may_share(job, other)), None)
 
     def conclude(self) -> list[Event]:
         events: list[Event] = []

@@ -5,6 +5,11 @@ job was lost; a paused trial that ranks high enough; a new trial. When none of t
 last epoch is running, the end-game takes the best paused trials to the end until an ensemble's worth of trials is
 complete.
 
+A config of the user's own, `baseline`, is drawn before all others and gets a number that no sampled trial has. At its
+first rung it takes its place among the others; then it leaves the ladder and is trained to the last epoch whatever its
+rank, so that what is said of it holds for full training. It counts for nobody's promotion above that rung, nor as one
+of the trials that the end-game completes.
+
 A study whose early stopping was changed between two launches has *eras*: what was decided under other rungs is not
 decided again. When the present era begins, each trial is put where its curve has brought it on the present rungs; from
 there on events are followed one by one, so that a study resumed within an era is the study that was interrupted.
@@ -13,30 +18,34 @@ there on events are followed one by one, so that a study resumed within an era i
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from hpsearch.events import Event, Finished, Leased, Opened, Returned, Stopped, TrialDrawn
 from hpsearch.job import Config, Job, TrainJob, train_key, train_parts
+from hpsearch.lane_groups import group_key
+from hpsearch.own_config import same_config, sampled_below
 from hpsearch.rungs import Standing, StoppingRule
 from hpsearch.sampler import Sampler, trial_seed
 from hpsearch.state import StudyState
 from hpsearch.trial import TrialRecord, TrialState
 
 LOOK_AHEAD = 64  # trials that may start before one that waits for its learning-rate range
+LANES_LOOK_AHEAD = 256  # how much later a trial's number may be that goes before it, into a lane of its own group
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings:
     """How far the search goes."""
 
-    n_trials: int
+    n_trials: int  # that are sampled
     max_epochs: int
     study_seed: int
     n_complete: int  # trials that the end-game takes to the last epoch: the ensemble's size
     per: tuple[str, ...]  # parameters that make a branch
     measured: tuple[str, ...]  # parameters bounded by the measured range
     stopping: Mapping[str, object] = field(default_factory=dict)  # `early_stopping` as Opened events have it
+    baseline: Config | None = None  # the user's own config
 
 
 class Search:
@@ -62,12 +71,15 @@ class Search:
         self._rung_of: dict[int, int] = {}  # trial -> the last rung at which it was compared
         self._held: dict[str, list[int]] = {}  # worker -> trials that live in its memory only, and may go on
         self._orphans: list[int] = []  # such trials whose worker is gone; they are trained from their first epoch again
-        self._waiting: list[int] = []  # numbers passed over, for want of a learning-rate range
+        self._waiting: list[int] = []  # numbers passed over, for want of a learning-rate range or of room in a program
+        self._passed_over: dict[int, Config] = {}  # configs of those that were of another group
         self._next_number = 0
         self._drawn: tuple[int, Config] | None = None  # cache of next_job, until the trial is recorded
         self._to_stop: list[int] = []
         self._below_end: set[str] = set()  # leases that end at a rung
         self._to_end: set[str] = set()  # leases that end at the last epoch
+        self._of_baseline: set[str] = set()  # leases of the user's own config, wherever they end
+        self._baselines: set[int] = set()  # trials of the user's own configs: more than one where it was edited
         self._n_complete = 0
         self._out_of_budget = False
 
@@ -80,6 +92,8 @@ class Search:
             case Opened():
                 self._open(event)
             case TrialDrawn():
+                if event.baseline:
+                    self._baselines.add(event.trial)
                 self._count_drawn(event.trial)
                 self._sampler.restore(event.trial, event.config)
             case Finished(trial=int()):
@@ -96,7 +110,7 @@ class Search:
                 self._train_again(trial, self._rule.first_target)
             case Leased(trial=int()):
                 self._count_lease(event)
-            case Returned(key=key) if key in self._below_end or key in self._to_end:  # else of another era
+            case Returned(key=key) if key in self._leases_of_this_era():
                 self._forget_lease(key)
                 lost = train_parts(key)
                 assert lost is not None
@@ -117,7 +131,7 @@ class Search:
         return [Stopped(trial=trial) for trial in stopped]
 
     def finished(self) -> bool:
-        if self._below_end or self._to_end:
+        if self._leases_of_this_era():
             return False
         if self._out_of_budget:
             return True
@@ -142,16 +156,37 @@ class Search:
                 heapq.heappop(self._again)
                 continue
             return self._job(record, self._target[record.number])
-        promotion = self._rule.promotable()
+        promotion = self._rule.promotable(prefer=self._was_at(worker))
         if promotion is not None:
             return self._job(self._state.trials[promotion.trial], promotion.to_epoch)
         return self._new_job() or self._end_game()
+
+    def next_beside(self, worker: str, job: Job) -> TrainJob | None:
+        """As `next_job`, of one group alone. New trials are looked for among the next LANES_LOOK_AHEAD numbers."""
+        if self._out_of_budget or not isinstance(job, TrainJob) or self._held or self._orphans:
+            return None
+        group = group_key(job.config)
+
+        def fits(trial: int) -> bool:
+            return group_key(self._state.trials[trial].config) == group
+
+        lost = [trial for trial in self._again if not self._over(self._state.trials[trial]) and fits(trial)]
+        if lost:
+            return self._job(self._state.trials[min(lost)], self._target[min(lost)])
+        promotion = self._rule.promotable(fits, self._was_at(worker))
+        if promotion is not None:
+            return self._job(self._state.trials[promotion.trial], promotion.to_epoch)
+        new = self._new_beside(group)
+        if new is not None:
+            return new
+        end = self._end_game()
+        return end if end is not None and fits(end.trial) else None
 
     def drawn(self, job: Job) -> TrialDrawn | None:
         """The event that a new trial's first job needs before it is given out; None for a known trial."""
         if not isinstance(job, TrainJob) or job.trial in self._state.trials:
             return None
-        return TrialDrawn(trial=job.trial, config=job.config, seed=job.seed)
+        return TrialDrawn(trial=job.trial, config=job.config, seed=job.seed, baseline=job.trial >= self._sampled_below)
 
     def may_continue(self, trial: int, epoch: int, objective: float | None) -> bool:
         """Whether a trial that stands, or is about to stand, at `epoch` may be trained on from its last checkpoint.
@@ -164,8 +199,8 @@ class Search:
             return True
         if record.diverged or record.failed or record.let_go or epoch >= self._settings.max_epochs:
             return False
-        if self._target.get(trial, 0) > epoch:
-            return True  # its job was lost, and is to be done again
+        if record.baseline or self._target.get(trial, 0) > epoch:
+            return True  # it goes to the last epoch; or its job was lost, and is to be done again
         rung = epoch if epoch in self._rule.epochs else self._rung_of.get(trial)
         if rung is None or objective is None:
             return True
@@ -173,21 +208,50 @@ class Search:
             trial,
             rung,
             objective,
-            n_trials=len(self._state.trials) + len(self._waiting) + max(0, self._settings.n_trials - self._next_number),
+            n_trials=len(self._state.trials) + len(self._waiting) + max(0, self._sampled_below - self._next_number),
             end_game=max(0, self._settings.n_complete - self._n_complete),
         )
 
     # New trials
 
     def _has_new(self) -> bool:
-        return bool(self._waiting) or self._next_number < self._settings.n_trials
+        return bool(self._waiting) or self._next_number < self._sampled_below or self._new_baseline() is not None
+
+    @property
+    def _sampled_below(self) -> int:
+        """Numbers from here on are no sampled trial's: those of the user's own configs are passed over."""
+        return sampled_below(self._settings.n_trials, self._baselines)
+
+    def _new_baseline(self) -> tuple[int, Config] | None:
+        """The user's own config, under the first number beyond all others, unless it was drawn."""
+        config = self._settings.baseline
+        if config is None or any(same_config(config, self._state.trials[n].config) for n in self._baselines):
+            return None
+        return max(self._sampled_below - 1, *self._state.trials, -1) + 1, config
 
     def _new_job(self) -> TrainJob | None:
         if self._drawn is None:
-            self._drawn = self._draw()
-        if self._drawn is None:
-            return None
-        number, config = self._drawn
+            self._drawn = self._new_baseline() or self._draw()
+        return None if self._drawn is None else self._first_job(*self._drawn)
+
+    def _new_beside(self, group: str) -> TrainJob | None:
+        """The first new trial of a group; numbers that are passed over stay in line, and wait for the next worker."""
+        if not self._sampler.in_any_order:
+            new = self._new_job()
+            return new if new is not None and group_key(new.config) == group else None
+        end = min(self._waiting, default=self._next_number) + LANES_LOOK_AHEAD
+        for number in self._in_line(LANES_LOOK_AHEAD):
+            if number > end:
+                return None
+            config = self._passed_over.get(number) or self._sampler.config(number, self._bounds)
+            if config is None:
+                continue
+            self._passed_over[number] = config
+            if group_key(config) == group:
+                return self._first_job(number, config)
+        return None
+
+    def _first_job(self, number: int, config: Config) -> TrainJob:
         return TrainJob(
             key=train_key(number, 0, self._rule.first_target),
             trial=number,
@@ -198,20 +262,21 @@ class Search:
         )
 
     def _draw(self) -> tuple[int, Config] | None:
-        for number in self._waiting:
-            config = self._sampler.config(number, self._bounds)
-            if config is not None:
-                return number, config
-        while self._next_number < self._settings.n_trials and len(self._waiting) < LOOK_AHEAD:
-            number = self._next_number
-            self._next_number += 1
-            if number in self._state.trials:
-                continue
-            self._waiting.append(number)
-            config = self._sampler.config(number, self._bounds)
+        for number in self._in_line(LOOK_AHEAD):
+            config = self._passed_over.get(number) or self._sampler.config(number, self._bounds)
             if config is not None:
                 return number, config
         return None
+
+    def _in_line(self, most: int) -> Iterator[int]:
+        """Numbers of trials to come, lowest first: those passed over, then new ones until `most` have been."""
+        yield from tuple(self._waiting)
+        while self._next_number < self._sampled_below and len(self._waiting) < most:
+            number = self._next_number
+            self._next_number += 1
+            if number not in self._state.trials:
+                self._waiting.append(number)
+                yield number
 
     def _bounds(self, config: Config) -> Mapping[str, tuple[float, float]] | None:
         active = [name for name in self._settings.measured if name in config]
@@ -222,6 +287,10 @@ class Search:
         return None if measured is None else dict.fromkeys(active, (measured.low, measured.high))
 
     # Known trials
+
+    def _was_at(self, worker: str) -> Callable[[int], bool]:
+        """Whether a trial was last trained by this worker, which may have its state at hand."""
+        return lambda trial: self._state.trials[trial].worker == worker
 
     def _job(self, record: TrialRecord, to_epoch: int) -> TrainJob:
         return TrainJob(
@@ -279,7 +348,7 @@ class Search:
         """Put each trial where its curve has brought it on the present rungs, whatever brought it there."""
         self._rule = self._make_rule()
         self._again, self._held, self._orphans, self._to_stop = [], {}, [], []
-        self._below_end, self._to_end = set(), set()
+        self._below_end, self._to_end, self._of_baseline = set(), set(), set()
         self._target, self._rung_of = {}, {}
         self._n_complete = 0
         standings = []
@@ -288,9 +357,13 @@ class Search:
             standing = Standing(
                 trial=record.number,
                 best_by_epoch=self._state.best_by_epoch(record),
-                withdrawn=spoilt or record.let_go,
+                withdrawn=spoilt or record.let_go or record.baseline,
             )
             standings.append(standing)
+            if record.baseline:
+                if record.epoch < self._settings.max_epochs and not spoilt:
+                    self._train_again(record.number, self._next_rung(record.epoch))
+                continue
             if record.epoch >= self._settings.max_epochs:
                 self._n_complete += not spoilt
                 continue
@@ -309,6 +382,7 @@ class Search:
 
     def _count_drawn(self, number: int) -> None:
         self._drawn = None
+        self._passed_over.pop(number, None)
         if number in self._waiting:
             self._waiting.remove(number)
         while self._next_number in self._state.trials:
@@ -330,10 +404,17 @@ class Search:
         self._target[trial] = event.to_epoch
         if trial in self._rung_of:
             self._rule.promote(trial, self._rung_of[trial])
-        leases = self._to_end if event.to_epoch >= self._settings.max_epochs else self._below_end
+        if self._state.trials[trial].baseline:
+            leases = self._of_baseline
+        else:
+            leases = self._to_end if event.to_epoch >= self._settings.max_epochs else self._below_end
         leases.add(event.key)
 
+    def _leases_of_this_era(self) -> set[str]:
+        return self._below_end | self._to_end | self._of_baseline
+
     def _forget_lease(self, key: str) -> None:
+        self._of_baseline.discard(key)
         self._below_end.discard(key)
         self._to_end.discard(key)
 
@@ -355,6 +436,9 @@ class Search:
             heapq.heappush(self._again, record.number)
             return
         assert record.best_objective is not None
+        if record.baseline:
+            self._count_baseline(record, event)
+            return
         if record.epoch >= self._settings.max_epochs:
             self._rule.record(record.number, self._settings.max_epochs, record.best_objective)
             self._n_complete += 1
@@ -368,3 +452,15 @@ class Search:
             else:
                 self._to_stop.append(record.number)
             self._rule.promote(record.number, record.epoch)
+
+    def _count_baseline(self, record: TrialRecord, event: Finished) -> None:
+        """The user's own config has its place at its first rung, and goes on whatever that is."""
+        assert record.best_objective is not None
+        self._rule.record(record.number, record.epoch, record.best_objective)
+        self._rule.withdraw(record.number)
+        if record.epoch >= self._settings.max_epochs:
+            return
+        if event.values.get("resumable", True):
+            self._train_again(record.number, self._next_rung(record.epoch))
+        else:
+            self._held.setdefault(event.worker, []).append(record.number)

@@ -374,6 +374,7 @@ def _trial(state: StudyState, trial: TrialRecord, acknowledged: Mapping[str, str
             params=trial_params(trial),
             tags=_child_tags(state, key)
             | {"hpsearch.trial": str(trial.number), "hpsearch.state": trial_state.value}
+            | ({"hpsearch.baseline": "true"} if trial.baseline else {})
             | {"hpsearch.diagnosis": ", ".join(each.finding for each in findings(trial))}
             | ({"mlflow.note.content": _failure(trial)} if trial.message else {}),
             points=tuple(_curve(trial) + _final(state, trial)),
@@ -497,14 +498,23 @@ def _result(state: StudyState, selected: Selected) -> UpdateStudy:
     points += _points("best/test_", measured_metrics(state, "test", best), time)
     compared = state.compared
     if compared is not None and compared.n_trials == selected.n_trials:
-        metric = _name(str(compared.gain.get("metric", "loss")))
-        for name, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
-            number = compared.gain.get(name)
-            if isinstance(number, int | float):
-                points.append(Point(name=f"gain/{metric}{suffix}", value=float(number), step=0, time_ms=_ms(time)))
+        for what, gain in (("gain", compared.gain), ("lead_over_baseline", compared.over_own)):
+            metric = _name(str(gain.get("metric", "loss")))
+            for name, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
+                number = gain.get(name)
+                if isinstance(number, int | float):
+                    point = Point(name=f"{what}/{metric}{suffix}", value=float(number), step=0, time_ms=_ms(time))
+                    points.append(point)
     for name, measured in baselines(state).items():
         for split, metrics in _mapping(measured).items():
             points += _points(f"baseline/{name}/{split}_", _numbers(metrics), time)
+    for row in state.evaluated.standings if state.evaluated is not None else ():
+        told = {key: row[key] for key in ("searched", "mean", "corrected", "low", "high", "folds", "chance")}
+        points += _points(f"evaluate/trial-{row['trial']}/", _numbers(told), time)
+        scores = row["scores"]
+        for fold, score in enumerate(scores if isinstance(scores, list | tuple) else ()):
+            name = f"evaluate/trial-{row['trial']}/score"
+            points.append(Point(name=name, value=float(score), step=fold, time_ms=_ms(time)))
     for row in state.confirmed.standings if state.confirmed is not None else ():
         told = {key: row[key] for key in ("searched", "confirmed", "optimism", "chance")}
         points += _points(f"confirm/trial-{row['trial']}/", _numbers(told), time)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ FORMAT = 1
 _HEADER_KEY = "hpsearch"  # one key, since safetensors writes several in no fixed order
 
 Tree = Any  # dicts, lists and tuples of tensors, arrays and plain values
+Alive = Callable[[], None] | None  # told again and again while something takes long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,13 +134,16 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Tree]) 
                 current[name] = torch.empty_like(param, dtype=held.dtype, device=held.device).copy_(held)
 
 
-def pack(checkpoint: Checkpoint) -> bytes:
+def pack(checkpoint: Checkpoint, alive: Alive = None) -> bytes:
     """A checkpoint as bytes. Tied tensors are written once; equal checkpoints give equal bytes.
+
+    Args:
+        alive: called after every tensor, since a large checkpoint takes minutes.
 
     Raises:
         UserCodeError: something in it is neither tensor nor plain value; its path is told.
     """
-    writer = _TreeWriter()
+    writer = _TreeWriter(alive)
     trees = {
         "weights": writer.write(dict(checkpoint.weights), "weights"),
         "versions": writer.write(getattr(checkpoint.weights, "_metadata", None), "versions"),
@@ -158,7 +162,7 @@ def pack(checkpoint: Checkpoint) -> bytes:
         },
         separators=(",", ":"),
     )
-    header = json.dumps({"checksum": _checksum(content, writer.tensors), "content": content})
+    header = json.dumps({"checksum": _checksum(content, writer.tensors, alive), "content": content})
     return save_tensors(writer.tensors, metadata={_HEADER_KEY: header})
 
 
@@ -218,20 +222,23 @@ def _copied(tree: Mapping[str, Tree]) -> dict[str, Tree]:
     return copies
 
 
-def _checksum(content: str, tensors: Mapping[str, Tensor]) -> int:
+def _checksum(content: str, tensors: Mapping[str, Tensor], alive: Alive = None) -> int:
     checksum = zlib.crc32(content.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         checksum = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), checksum)
         checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, checksum)
+        if alive is not None:
+            alive()
     return checksum
 
 
 class _TreeWriter:
     """Turns trees into JSON, and gathers their tensors under names that are paths."""
 
-    def __init__(self) -> None:
+    def __init__(self, alive: Alive) -> None:
         self.tensors: dict[str, Tensor] = {}
+        self._alive = alive
         self._names: dict[tuple[object, ...], str] = {}
         self._storages: set[int] = set()
 
@@ -268,6 +275,8 @@ class _TreeWriter:
             return self._names[view]
         name = path if path not in self.tensors else f"{path}~{len(self.tensors)}"
         whole = tensor.cpu().contiguous()
+        if self._alive is not None:
+            self._alive()
         # Another view of memory that is written already: safetensors refuses two owners of it.
         shared = storage in self._storages and whole.untyped_storage().data_ptr() == storage
         self.tensors[name] = whole.clone() if shared else whole

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,16 @@ class StudyData:
         """For a user's own `fit`: train and val (as cut) alone, as CPU tensors or Datasets, as they were given."""
         return Splits(train=self._read.by_name["train"].source(), val=self._read.by_name["val"].source())
 
+    def held(self, split: SplitName) -> Split:
+        """A split as it is held: its rows in memory, or the Dataset that it is read from. To be read, not changed."""
+        return self._split(split)
+
+    def recut(self, by_name: dict[str, Split]) -> StudyData:
+        """The same study with other rows in its splits, and none beside these."""
+        read = ReadSplits(by_name=by_name, outputs=self.info.outputs, n_classes=self.info.n_classes)
+        info = replace(self.info, n_rows={name: len(split) for name, split in by_name.items()})
+        return StudyData(read, info=info, device=self._device)
+
     def n_rows(self, split: SplitName) -> int:
         return len(self._split(split))
 
@@ -271,15 +282,24 @@ class StudyData:
         Raises:
             UserCodeError: augment or a Dataset raised, or augment lost rows.
         """
-        held = self._split("train")
-        order = None
-        if shuffle:
-            generator = torch.Generator().manual_seed(epoch_seed(seed, epoch, "order"))
-            order = torch.randperm(len(held), generator=generator)
-        batches = self._gather("train", order, batch_bounds(len(held), batch_size))
+        order = self.train_order(seed=seed, epoch=epoch) if shuffle else None
+        batches = self._gather("train", order, batch_bounds(self.n_rows("train"), batch_size))
         if augment is None:
             return batches
         return self._augmented(batches, augment, epoch_seed(seed, epoch, "augment"))
+
+    def train_order(self, *, seed: int, epoch: int) -> Tensor:
+        """The order, int64 on the CPU, in which a trial's epoch takes the training rows."""
+        generator = torch.Generator().manual_seed(epoch_seed(seed, epoch, "order"))
+        return torch.randperm(self.n_rows("train"), generator=generator)
+
+    def rows(self, split: SplitName) -> tuple[Tensor, Tensor] | None:
+        """All of a split, on the device, or on the host while it does not fit there; None for one read item by item.
+
+        To be read, not to be changed: batches come from the same memory.
+        """
+        held = self._split(split)
+        return self._place(split, held) if isinstance(held, Rows) else None
 
     def batches(self, split: SplitName, *, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """A split in its own order, in batches on the device.
@@ -334,9 +354,13 @@ class StudyData:
         self, name: SplitName, items: Items, order: Tensor | None, bounds: list[tuple[int, int]]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         numbers = list(range(len(items))) if order is None else order.tolist()
-        # Without a generator of its own, a DataLoader would draw from the global one.
+        # Without a generator of its own, a DataLoader would draw from the global one. From pinned memory a copy to the
+        # GPU runs beside the steps.
         loader: DataLoader[Any] = DataLoader(
-            items.dataset, batch_sampler=[numbers[start:end] for start, end in bounds], generator=torch.Generator()
+            items.dataset,
+            batch_sampler=[numbers[start:end] for start, end in bounds],
+            generator=torch.Generator(),
+            pin_memory=self._device.type == "cuda",
         )
         source = iter(loader)
         while True:
@@ -346,7 +370,8 @@ class StudyData:
                 except StopIteration:
                     return
             x, y = collated(batch, name)
-            yield x.to(self._device), with_meaning(y, self.info.outputs).to(self._device)
+            x, y = x.to(self._device, non_blocking=True), y.to(self._device, non_blocking=True)
+            yield x, with_meaning(y, self.info.outputs)
 
     def _augmented(
         self,

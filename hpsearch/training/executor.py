@@ -14,12 +14,12 @@ import hashlib
 import math
 import re
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from safetensors.torch import save as save_tensors
@@ -35,6 +35,7 @@ from hpsearch.job import (
     EpochMetrics,
     EvaluateJob,
     ExportJob,
+    FoldJob,
     Job,
     Member,
     ProbeJob,
@@ -44,11 +45,15 @@ from hpsearch.job import (
     SplitName,
     TrainJob,
 )
+from hpsearch.lane_groups import may_share
 from hpsearch.lr_curve import ramp_lrs
 from hpsearch.task import Task, has_own_fit
 from hpsearch.training.checkpoint import Checkpoint, load_weights, pack, unpack
 from hpsearch.training.data import StudyData, epoch_seed
+from hpsearch.training.folds import Folds
 from hpsearch.training.group import Group, InStep
+from hpsearch.training.lane_host import Lanes
+from hpsearch.training.lane_jobs import Interrupted
 from hpsearch.training.loop import (
     DefaultTraining,
     Training,
@@ -68,7 +73,9 @@ from hpsearch.training.measure import (
     split_output,
 )
 from hpsearch.training.memory import MemoryGuard
+from hpsearch.training.outcome import Curve, require_continuable
 from hpsearch.training.own_loop import OwnTraining
+from hpsearch.training.precision import in_float32
 from hpsearch.training.ramp import ramp_losses
 from hpsearch.training.seeding import seed_all, seeded
 from hpsearch.training.user_code import describe, frame_of, is_out_of_memory, user_code
@@ -80,14 +87,13 @@ ALIVE_S = 1.0  # between two signs of life within an epoch
 
 Fetch = Callable[[str], bytes]
 Progress = Callable[[str, int], None]
+More = Callable[[Job, int], Sequence[Job]]
 
-
-class Interrupted(Exception):
-    """The worker was asked to stop between two epochs; the job has no result and will be given out again."""
+T = TypeVar("T")
 
 
 class TorchExecutor:
-    """The jobs of one study on one worker; several at once are run one after another."""
+    """The jobs of one study on one worker; several trials of one group at once, where that pays."""
 
     def __init__(
         self,
@@ -100,6 +106,7 @@ class TorchExecutor:
         metric: str = "val_loss",
         goal: Literal["minimize", "maximize"] = "minimize",
         shuffle: bool = True,
+        lanes: int | None = 1,
         should_stop: Callable[[], bool] | None = None,
         guard_memory: Callable[[torch.device], MemoryGuard | None] | None = None,
     ) -> None:
@@ -114,6 +121,7 @@ class TorchExecutor:
             metric: the study's, with its split; decides which epoch of a trial is its best.
             goal: whether that metric is minimised.
             shuffle: whether training rows come in another order each epoch.
+            lanes: most trials that share a program; None: as many as are measured to pay.
             should_stop: asked between epochs; when it says yes, `run` ends without a result for the job at hand.
             guard_memory: gives the guard of a device's memory; None where memory is not shared with others.
         """
@@ -129,9 +137,11 @@ class TorchExecutor:
         self._sign = 1.0 if goal == "minimize" else -1.0
         self._shuffle = shuffle
         self._loaded: StudyData | None = None
+        self._folds: Folds | None = None
         self._remembered = _Remembered(REMEMBERED_BYTES)
         self._live: OrderedDict[int, OwnTraining] = OrderedDict()
         self._group: Group | None = None
+        self._lanes = Lanes(1 if has_own_fit(task) else lanes, self._device)
         self._guard_memory = guard_memory
         self._memory: MemoryGuard | None = None
         self._data_folder: Path | None = None
@@ -166,20 +176,36 @@ class TorchExecutor:
             _warm_up()
             return replace(self._data.info, metrics=metrics, resumable=not own)
 
-    def run(self, jobs: Sequence[Job], fetch: Fetch, progress: Progress) -> Iterator[Result]:
-        """One result per job, in order.
+    def fills(self, job: Job) -> bool:
+        """Whether others would be taken beside this job."""
+        return self._group is None and self._lanes.may_take(job)
+
+    def run(self, jobs: Sequence[Job], fetch: Fetch, progress: Progress, more: More | None = None) -> Iterator[Result]:
+        """One result per job, in order; those that share a program as each ends.
 
         Args:
             jobs: of this study.
             fetch: gives a blob by its reference; what it raises is passed on, except that a blob is damaged or gone.
             progress: told (job key, epochs behind the trial) after every epoch, and between batches once a second.
+            more: gives further jobs for free lanes; None: there are none.
         """
-        for job in jobs:
-            try:
-                result = self._run(job, fetch, progress)
-            except Interrupted:
-                return
-            yield result
+        waiting = deque(jobs)
+        try:
+            while waiting:
+                job = waiting.popleft()
+                if more is None or not self.fills(job):
+                    result = self._run(job, fetch, progress)
+                    self._lanes.trained_plainly(job, result.seconds)
+                    yield result
+                    continue
+                beside = [job, *(other for other in waiting if may_share(job, other))]
+                waiting = deque(other for other in waiting if other not in beside)
+                host = _Plain(self, fetch, progress)
+                ramps = [other for other in beside if isinstance(other, RampJob)]
+                trials = [other for other in beside if isinstance(other, TrainJob)]
+                yield from self._lanes.ramps(ramps, host, more) if ramps else self._lanes.run(trials, host, more)
+        except Interrupted:
+            return
 
     def worn(self) -> str:
         """Why this process should make room for another: it keeps the memory of its GPU. "" while it does not."""
@@ -194,31 +220,37 @@ class TorchExecutor:
 
     def _run(self, job: Job, fetch: Fetch, progress: Progress) -> Result:
         start = time.perf_counter()
-        try:
-            with self._borrowed_process(), self._signs_of_life(job, progress):
-                result = self._result(job, fetch, progress)
-        except UserCodeError as error:
-            message = f"{error.message} (hint: {error.hint})" if error.hint else error.message
-            result = Result(
-                key=job.key, outcome="crashed", message=message, frame=self._frame(error), traceback=error.traceback
-            )
-        except DamagedBlob as error:  # nobody's fault: the study has it made again, and gives the job out once more
-            result = Result(key=job.key, outcome="damaged", values={"ref": error.ref}, message=error.why)
-        except JournalError as error:
-            result = Result(key=job.key, outcome="crashed", message=error.message)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            result = Result(key=job.key, outcome="out_of_memory", message=describe(error))
+        with self._borrowed_process(), self._signs_of_life([job], progress):
+            result = self._outcome(job, lambda: self._result(job, fetch, progress))
         if result.outcome == "out_of_memory":
             self._free_memory()
         return replace(result, seconds=time.perf_counter() - start)
+
+    def _outcome(self, job: Job, work: Callable[[], T]) -> T | Result:
+        """What some work gives; or the job's result, when it cannot be done."""
+        try:
+            return work()
+        except UserCodeError as error:
+            message = f"{error.message} (hint: {error.hint})" if error.hint else error.message
+            return Result(
+                key=job.key, outcome="crashed", message=message, frame=self._frame(error), traceback=error.traceback
+            )
+        except DamagedBlob as error:  # nobody's fault: the study has it made again, and gives the job out once more
+            return Result(key=job.key, outcome="damaged", values={"ref": error.ref}, message=error.why)
+        except JournalError as error:
+            return Result(key=job.key, outcome="crashed", message=error.message)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return Result(key=job.key, outcome="out_of_memory", message=describe(error))
 
     def _free_memory(self) -> None:
         """Give back all that is not needed to go on: this job is tried again alone, and others are on the machine."""
         with suppress(UserCodeError):  # of a `finally` in the user's generator; what counts is the memory
             self.close()
         self._live.clear()
+        self._lanes.forget()
+        self._folds = None
         self._remembered.clear()
         gc.collect()
         if self._device.type == "cuda":
@@ -244,6 +276,8 @@ class TorchExecutor:
                 return self._ramp(job, job.config, None, reference=None)
             case RebuildJob():
                 return self._rebuild(job, fetch, progress)
+            case FoldJob():
+                return self._fold(job, fetch, progress)
             case ConfirmJob():
                 return self._confirm(job, fetch, progress)
             case CheckJob():
@@ -261,17 +295,21 @@ class TorchExecutor:
         steps, training = self._begun(job, fetch)
         try:
             curve = self._train_epochs(job, steps, progress)
-            result = _diverged(job, steps, curve) if curve.diverged else _trained(job, steps, curve)
+            with self._signs_of_life([job], progress, steps.epoch):
+                result = curve.result(job, steps, self._data.on_batch)
         except BaseException:
             _close(training, quietly=True)
             raise
-        for ref, content in result.blobs.items():
-            self._remembered.put(ref, content)
+        self._remember(result)
         if isinstance(training, OwnTraining) and result.outcome == "done" and not training.resumable:
             self._keep_alive(job.trial, training)
         else:
             _close(training)
         return result
+
+    def _remember(self, result: Result) -> None:
+        for ref, content in result.blobs.items():
+            self._remembered.put(ref, content)
 
     def _rebuild(self, job: RebuildJob, fetch: Fetch, progress: Progress) -> Result:
         """The weights of a trial's epoch as its training gave them, by training it again."""
@@ -288,7 +326,8 @@ class TorchExecutor:
         steps, training = self._begun(again, fetch)
         try:
             curve = self._train_epochs(again, steps, progress)
-            content = b"" if curve.diverged else pack(steps.checkpoint(weights_only=True))
+            weights = None if curve.diverged else steps.checkpoint(weights_only=True)
+            content = b"" if weights is None else pack(weights, self._data.on_batch)
         except BaseException:
             _close(training, quietly=True)
             raise
@@ -321,26 +360,58 @@ class TorchExecutor:
         result = self._measured(job.key, [split_output(model, self._data, "ensemble")], [1.0], "ensemble", keep=False)
         return replace(result, values={**result.values, "val": val, "epoch": curve.best.epoch})
 
+    def _fold(self, job: FoldJob, fetch: Fetch, progress: Progress) -> Result:
+        """A config trained afresh without one fold, and followed on it; of the training itself nothing is kept."""
+        if self._folds is None:
+            self._folds = Folds(self._data, study_seed=self._study_seed)
+        data = self._folds.without(job.fold, folds=job.folds, repeat=job.repeat)
+        fresh = TrainJob(
+            key=job.key,
+            trial=job.trial,
+            config=job.config,
+            seed=job.seed,
+            from_epoch=0,
+            to_epoch=job.epochs,
+            best=-math.inf,  # no epoch's weights are wanted
+        )
+        self._forget_live(job.trial)
+        steps, training = self._begun(fresh, fetch, data)
+        try:
+            curve = self._train_epochs(fresh, steps, progress)
+        except BaseException:
+            _close(training, quietly=True)
+            raise
+        _close(training)
+        values = {"n_rows": dict(data.info.n_rows)}
+        if curve.diverged:
+            rows = tuple(curve.rows)
+            return Result(key=job.key, outcome="diverged", values=values, epochs=rows, message=curve.diverged)
+        return Result(key=job.key, values=values, epochs=tuple(curve.rows))
+
     def _forget_live(self, trial: int) -> None:
         live = self._live.pop(trial, None)
         if live is not None:
             live.close()
 
-    def _begun(self, job: TrainJob, fetch: Fetch) -> tuple[Training, Training]:
-        """A job's training as its epochs are asked for (in step with a group's other ranks), and this process's own."""
+    def _begun(self, job: TrainJob, fetch: Fetch, data: StudyData | None = None) -> tuple[Training, Training]:
+        """A job's training as its epochs are asked for (in step with a group's other ranks), and this process's own.
+
+        Args:
+            data: other rows than the study's own splits.
+        """
         if self._group is None:
-            training = self._training(job, fetch)
+            training = self._training(job, fetch, data)
             return training, training
-        in_step = InStep(self._group, job.key, lambda: self._training(job, fetch), self.should_stop)
+        in_step = InStep(self._group, job.key, lambda: self._training(job, fetch, data), self.should_stop)
         return in_step, in_step.training
 
-    def _train_epochs(self, job: TrainJob, training: Training, progress: Progress) -> _Curve:
-        curve = _Curve(objective=job.best)
+    def _train_epochs(self, job: TrainJob, training: Training, progress: Progress) -> Curve:
+        curve = Curve(objective=job.best)
         while training.epoch < job.to_epoch:
             if self._asked_to_stop(training):
                 raise Interrupted
             try:
-                with self._signs_of_life(job, progress, training.epoch):
+                with self._signs_of_life([job], progress, training.epoch):
                     row = training.train_epoch()
                 value = self._objective(row)
             except TrialDiverged as error:
@@ -349,9 +420,7 @@ class TorchExecutor:
             progress(job.key, row.epoch)
             if row.epoch <= job.from_epoch:
                 continue
-            curve.rows.append(row)
-            if curve.objective is None or value < curve.objective:
-                curve.objective = value
+            if curve.add(row, value):
                 # Of the last epoch no copy is needed: nothing changes the model any more.
                 curve.best = training.checkpoint(weights_only=True, copy=row.epoch < job.to_epoch)
         return curve
@@ -361,7 +430,7 @@ class TorchExecutor:
             return training.stop
         return self.should_stop is not None and self.should_stop()
 
-    def _training(self, job: TrainJob, fetch: Fetch) -> Training:
+    def _training(self, job: TrainJob, fetch: Fetch, data: StudyData | None = None) -> Training:
         if job.to_epoch <= job.from_epoch:
             raise ValueError(f"{job.key} trains from epoch {job.from_epoch} to {job.to_epoch}")
         live = self._live.pop(job.trial, None)
@@ -371,11 +440,11 @@ class TorchExecutor:
             live.close()
         checkpoint = None if job.checkpoint is None else self._checkpoint(job.checkpoint, fetch)
         if checkpoint is not None:
-            _require_continuable(job, checkpoint)
+            require_continuable(job, checkpoint)
         if has_own_fit(self._task):
             return OwnTraining(
                 self._task,
-                self._data,
+                data or self._data,
                 job.config,
                 trial=job.trial,
                 seed=job.seed,
@@ -386,7 +455,7 @@ class TorchExecutor:
             )
         return DefaultTraining(
             self._task,
-            self._data,
+            data or self._data,
             job.config,
             trial=job.trial,
             seed=job.seed,
@@ -519,7 +588,7 @@ class TorchExecutor:
     def _export(self, job: ExportJob, fetch: Fetch) -> Result:
         from hpsearch.training.export import export_members  # onnx takes a second to import
 
-        models = {member.trial: (self._member(member, fetch), member.config) for member in job.members}
+        models = {member.trial: (in_float32(self._member(member, fetch)), member.config) for member in job.members}
         inputs, _ = next(self._data.batches("train", batch_size=EXPORT_ROWS))
         example = inputs if len(inputs) > 1 else torch.cat([inputs, inputs])
         with user_code("model.forward()"):
@@ -560,7 +629,7 @@ class TorchExecutor:
         return ("train_loss", *(f"val_{name}" for name in output_metrics(self._task, output, target)))
 
     @contextmanager
-    def _signs_of_life(self, job: Job, progress: Progress, epoch: int = 0) -> Iterator[None]:
+    def _signs_of_life(self, jobs: Sequence[Job], progress: Progress, epoch: int = 0) -> Iterator[None]:
         """While inside, every job tells between its batches that it is alive, once a second."""
         data = self._data
         due = time.perf_counter() + ALIVE_S
@@ -570,7 +639,8 @@ class TorchExecutor:
             now = time.perf_counter()
             if now >= due:
                 due = now + ALIVE_S
-                progress(job.key, epoch)
+                for job in jobs:
+                    progress(job.key, epoch)
 
         outer, data.on_batch = data.on_batch, tell
         try:
@@ -593,14 +663,60 @@ class TorchExecutor:
             cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
 
 
-@dataclass(kw_only=True)
-class _Curve:
-    """What a job's epochs gave so far."""
+class _Plain:
+    """The executor to its lanes (`lane_host.Plain`)."""
 
-    objective: float | None  # minimised; of the best epoch, also of earlier jobs
-    rows: list[EpochMetrics] = field(default_factory=list)
-    best: Checkpoint | None = None  # weights of the best epoch, when it is one of this job's
-    diverged: str = ""
+    def __init__(self, executor: TorchExecutor, fetch: Fetch, progress: Progress) -> None:
+        self._executor = executor
+        self._fetch = fetch
+        self._progress = progress
+
+    def begin(self, job: TrainJob) -> DefaultTraining | Result:
+        def begun() -> DefaultTraining:
+            training = self._executor._training(job, self._fetch)
+            assert isinstance(training, DefaultTraining)
+            return training
+
+        with self._executor._borrowed_process():
+            return self._executor._outcome(job, begun)
+
+    def begin_ramp(self, job: RampJob) -> DefaultTraining | Result:
+        def begun() -> DefaultTraining:
+            return DefaultTraining(
+                self._executor._task,
+                self._executor._data,
+                {**job.config, "lr": job.lr_min},
+                trial=0,
+                seed=job.seed,
+                device=self._executor._device,
+                shuffle=self._executor._shuffle,
+            )
+
+        with self._executor._borrowed_process():
+            return self._executor._outcome(job, begun)
+
+    def alone(self, job: Job) -> Result:
+        return self._executor._run(job, self._fetch, self._progress)
+
+    def objective(self, row: EpochMetrics) -> float:
+        return self._executor._objective(row)
+
+    def told(self, job: TrainJob, epoch: int) -> None:
+        self._progress(job.key, epoch)
+
+    @contextmanager
+    def at_work(self, jobs: Sequence[Job]) -> Iterator[None]:
+        with self._executor._borrowed_process(), self._executor._signs_of_life(jobs, self._progress):
+            yield
+
+    def stopped(self) -> bool:
+        return self._executor.should_stop is not None and self._executor.should_stop()
+
+    def remember(self, result: Result) -> None:
+        self._executor._remember(result)
+
+    def free_memory(self) -> None:
+        self._executor._free_memory()
 
 
 def _warm_up() -> None:
@@ -610,78 +726,6 @@ def _warm_up() -> None:
     model(torch.zeros(2, 1)).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
-
-
-def checkpoint_ref(trial: int, epoch: int, *, best: bool = False) -> str:
-    """Where a checkpoint is kept.
-
-    >>> checkpoint_ref(17, 27), checkpoint_ref(17, 5, best=True)
-    ('checkpoints/trial-0017-e0027.safetensors', 'checkpoints/trial-0017-best-e0005.safetensors')
-    """
-    return f"checkpoints/trial-{trial:04d}-{'best-' if best else ''}e{epoch:04d}.safetensors"
-
-
-def _trained(job: TrainJob, training: Training, curve: _Curve) -> Result:
-    blobs: dict[str, bytes] = {}
-    last = training.checkpoint()
-    last_ref = checkpoint_ref(job.trial, last.epoch) if last.resumable else None
-    if last_ref is not None:
-        blobs[last_ref] = pack(last)
-    best_ref = None
-    if curve.best is not None:
-        if last_ref is not None and curve.best.epoch == last.epoch:
-            best_ref = last_ref
-        else:
-            best_ref = checkpoint_ref(job.trial, curve.best.epoch, best=True)
-            blobs[best_ref] = pack(curve.best)
-    values = {
-        "checkpoint": last_ref,
-        "best_checkpoint": best_ref,
-        "resumable": last.resumable,
-        "n_parameters": _n_parameters(training.model),
-    }
-    return Result(key=job.key, values=values, epochs=tuple(curve.rows), blobs=blobs)
-
-
-def _diverged(job: TrainJob, training: Training, curve: _Curve) -> Result:
-    """The curve up to the bad epoch, and the best weights before it: a trial may be used up to where it went wrong."""
-    blobs: dict[str, bytes] = {}
-    best_ref = None
-    if curve.best is not None:
-        best_ref = checkpoint_ref(job.trial, curve.best.epoch, best=True)
-        blobs[best_ref] = pack(curve.best)
-    return Result(
-        key=job.key,
-        outcome="diverged",
-        values={
-            "checkpoint": None,
-            "best_checkpoint": best_ref,
-            "resumable": False,
-            "epoch": training.epoch + 1,
-            "n_parameters": _n_parameters(training.model),
-        },
-        epochs=tuple(curve.rows),
-        blobs=blobs,
-        message=curve.diverged,
-    )
-
-
-def _n_parameters(model: nn.Module) -> int:
-    """All numbers that a model has learned or was given, frozen ones too; a shared parameter counts once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _require_continuable(job: TrainJob, checkpoint: Checkpoint) -> None:
-    """Raises DamagedBlob when a job's checkpoint is not the one that the job goes on from."""
-    assert job.checkpoint is not None
-    if (checkpoint.trial, checkpoint.epoch) != (job.trial, job.from_epoch):
-        raise DamagedBlob(
-            job.checkpoint,
-            f"it is of trial {checkpoint.trial} at epoch {checkpoint.epoch}, "
-            f"not of trial {job.trial} at epoch {job.from_epoch}",
-        )
-    if not checkpoint.resumable:
-        raise DamagedBlob(job.checkpoint, f"it holds weights alone, so trial {job.trial} cannot go on from it")
 
 
 def _close(training: Training, *, quietly: bool = False) -> None:

@@ -36,7 +36,7 @@ from hpsearch.errors import (
     TrialDiverged,
     UserCodeError,
 )
-from hpsearch.job import ConfirmJob, DataInfo, EpochMetrics, Job, Outcome, RebuildJob, Result, TrainJob
+from hpsearch.job import ConfirmJob, DataInfo, EpochMetrics, FoldJob, Job, Outcome, RebuildJob, Result, TrainJob
 from hpsearch.training.checkpoint import Checkpoint
 from hpsearch.training.loop import Training
 from hpsearch.training.own_loop import OwnTraining
@@ -50,6 +50,8 @@ LOST_PEER = ("closed by peer", "reset by peer", "gloo/transport", "NCCL", "Broke
 T = TypeVar("T")
 Fetch = Callable[[str], bytes]
 Progress = Callable[[str, int], None]
+SharedJob = TrainJob | RebuildJob | FoldJob | ConfirmJob
+"""What all ranks train together; other jobs are rank 0's alone."""
 
 
 class GroupBroken(ProcessSpent):
@@ -315,7 +317,7 @@ class GroupExecutor:
         """One result per job, as rank 0 has it."""
         assert self._member is not None
         for job in jobs:
-            if isinstance(job, TrainJob | RebuildJob | ConfirmJob):
+            if isinstance(job, SharedJob):
                 content = _checkpoint_of(job, fetch)
                 if isinstance(content, DamagedBlob):  # told by rank 0 alone: nobody has begun
                     values = {"ref": content.ref}
@@ -378,7 +380,7 @@ def _described(group: Group, member: Member) -> DataInfo:
     return info
 
 
-def _checkpoint_of(job: TrainJob | RebuildJob | ConfirmJob, fetch: Fetch) -> bytes | JournalError | None:
+def _checkpoint_of(job: SharedJob, fetch: Fetch) -> bytes | JournalError | None:
     """The checkpoint that a job goes on from, or why it cannot be had."""
     if not isinstance(job, TrainJob) or job.checkpoint is None:
         return None
@@ -388,7 +390,7 @@ def _checkpoint_of(job: TrainJob | RebuildJob | ConfirmJob, fetch: Fetch) -> byt
         return error
 
 
-def _instead(job: TrainJob | RebuildJob | ConfirmJob, content: bytes | JournalError | None, fetch: Fetch) -> Fetch:
+def _instead(job: SharedJob, content: bytes | JournalError | None, fetch: Fetch) -> Fetch:
     """Gives what rank 0 fetched, so that every rank goes on from the same bytes."""
 
     def fetched(ref: str) -> bytes:

@@ -29,6 +29,7 @@ from hpsearch.training.checkpoint import Checkpoint, capture, load_optimizer, lo
 from hpsearch.training.data import StudyData, check_output, epoch_seed
 from hpsearch.training.measure import evaluate
 from hpsearch.training.optim import config_number
+from hpsearch.training.precision import in_bf16
 from hpsearch.training.ramp import set_lr
 from hpsearch.training.seeding import seeded
 from hpsearch.training.user_code import frame_of, user_code
@@ -104,7 +105,7 @@ def build_model(task: Task, config: Config, data: StudyData, *, seed: int, devic
             inputs, _ = next(data.batches("val", batch_size=2))  # lazy layers take their shape from a first batch
             with torch.no_grad():
                 model.eval()(inputs)
-    return model
+    return in_bf16(model) if task.precision == "bf16" else model
 
 
 def build_optimizer(task: Task, model: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -168,14 +169,14 @@ class DefaultTraining:
         Raises:
             UserCodeError: the task raised, a setting is out of range, or the checkpoint does not fit.
         """
-        self._task = task
-        self._data = data
-        self._config = config
-        self._trial = trial
-        self._seed = seed
-        self._device = device
-        self._shuffle = shuffle
-        self._augment = augmentation(task)
+        self.task = task
+        self.data = data
+        self.config = config
+        self.trial = trial
+        self.seed = seed
+        self.device = device
+        self.shuffle = shuffle
+        self.augment = augmentation(task)
         self.settings = read_settings(config, n_train=data.n_rows("train"))
         self._loss = training_loss(task, data.info.outputs, self.settings.label_smoothing)
         self.model = build_model(task, config, data, seed=seed, device=device)
@@ -191,10 +192,10 @@ class DefaultTraining:
     def train_epoch(self) -> EpochMetrics:
         start = time.perf_counter()
         epoch = self.epoch + 1
-        with seeded(epoch_seed(self._seed, epoch, "train"), self._device):
+        with seeded(epoch_seed(self.seed, epoch, "train"), self.device):
             metrics = {"train_loss": self._train(epoch)}
             require_finite(metrics)
-            metrics |= {f"val_{k}": v for k, v in evaluate(self.model, self._task, self._data, "val").items()}
+            metrics |= {f"val_{k}": v for k, v in evaluate(self.model, self.task, self.data, "val").items()}
             require_finite(metrics)
         self.epoch = epoch
         return EpochMetrics(epoch=epoch, metrics=metrics, seconds=time.perf_counter() - start)
@@ -202,10 +203,10 @@ class DefaultTraining:
     def checkpoint(self, *, weights_only: bool = False, copy: bool = False) -> Checkpoint:
         return capture(
             self.model,
-            trial=self._trial,
-            seed=self._seed,
+            trial=self.trial,
+            seed=self.seed,
             epoch=self.epoch,
-            config=self._config,
+            config=self.config,
             optimizer=None if weights_only else self.optimizer,
             copy=copy,
         )
@@ -219,16 +220,16 @@ class DefaultTraining:
         model.train()
         losses = _LossSum()
         add_loss = losses.add
-        n_steps = self._data.n_train_batches(self.settings.batch_size)
+        n_steps = self.data.n_train_batches(self.settings.batch_size)
         warm_steps = round(self.settings.warmup_epochs * n_steps)
         warm_up = _warm_up(optimizer, first_step=(epoch - 1) * n_steps, warm_steps=warm_steps)
         with user_code("training"), warm_up as set_warm_lr:
-            for inputs, target in self._data.train_batches(
+            for inputs, target in self.data.train_batches(
                 batch_size=self.settings.batch_size,
-                seed=self._seed,
+                seed=self.seed,
                 epoch=epoch,
-                shuffle=self._shuffle,
-                augment=self._augment,
+                shuffle=self.shuffle,
+                augment=self.augment,
             ):
                 for param in trained:
                     param.grad = None
@@ -248,7 +249,7 @@ class DefaultTraining:
 
     def _checked_loss(self, output: object, target: Tensor) -> Tensor:
         """The loss of a first batch, once the output fits the targets and the loss can be trained on."""
-        loss = checked_loss(self._task, self._data, self._loss)(output, target)
+        loss = checked_loss(self.task, self.data, self._loss)(output, target)
         self._checked = True
         return loss
 

@@ -19,6 +19,7 @@ from hpsearch.checks import NAMES, Check, Status
 from hpsearch.errors import UserCodeError
 from hpsearch.job import Config
 from hpsearch.task import Task, has_own_fit
+from hpsearch.training.checks.modes import check_modes
 from hpsearch.training.checks.watch import Activation, LayerWatch
 from hpsearch.training.data import StudyData, epoch_seed
 from hpsearch.training.loop import build_model, build_optimizer, checked_loss, training_loss
@@ -126,6 +127,9 @@ def check_network(
             rest = set(NETWORK_CODES) - {check.code for check in found}
             return found + bench.skipped("an earlier check failed", *(c for c in NETWORK_CODES if c in rest))
         found += [_init_loss(bench), _logits(bench), _leak(bench), _eval_mode(bench)]
+        if has_own_fit(task):
+            some = bench.inputs[:BATCH]
+            found.append(check_modes(task, data, config, some, seed=seed, device=device, where=where))
         found += _learning(bench)
         found.append(_overfit_two(bench))
     return found

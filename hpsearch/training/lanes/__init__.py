@@ -1,0 +1,27 @@
+"""Lanes: several trials of the default loop, trained as one program with `torch.func`.
+
+Each lane is a `DefaultTraining`, made by the unfused code. Whether some trainings can share a program is asked in two
+steps: `can_fuse` compares their structure, `find_route` a trial step of all of them with the unfused one. A `LaneGroup`
+then trains them, an epoch at a time; `best_width` measures how many at once pay.
+"""
+
+from hpsearch.training.lanes.forward import Route
+from hpsearch.training.lanes.lane_group import LaneGroup
+from hpsearch.training.lanes.likeness import can_fuse
+from hpsearch.training.lanes.ramps import fused_ramps
+from hpsearch.training.lanes.refusal import LanesRefused
+from hpsearch.training.lanes.trial_step import find_route
+from hpsearch.training.lanes.width import Measurement, Width, best_width, choose_width
+
+__all__ = [
+    "LaneGroup",
+    "LanesRefused",
+    "Measurement",
+    "Route",
+    "Width",
+    "best_width",
+    "can_fuse",
+    "choose_width",
+    "find_route",
+    "fused_ramps",
+]

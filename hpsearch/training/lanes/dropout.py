@@ -1,0 +1,168 @@
+"""Dropout whose masks belong to the lane: drawn from a generator of its own, seeded as the trial's epoch is.
+
+A mask is a function of (trial seed, epoch) and of what came before it in that epoch, whatever the number of lanes and
+the lane's place. On a CPU it is, to the bit, the mask of the unfused loop, as long as `nn.Dropout` and its kin are all
+that draws from torch's global generator: they draw in the same order and the same shapes. On a GPU masks are drawn for
+many steps at once, so they are other masks than the unfused loop's, of the same distribution.
+
+What draws in another way (`F.dropout` in a forward(), the dropout inside nn.LSTM or nn.MultiheadAttention) draws under
+`vmap(randomness="different")`: independent in every lane, but a function of all lanes together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hpsearch.training.lanes.refusal import LanesRefused
+
+_BLOCK_STEPS = 64
+_BLOCK_BYTES = 8 << 20  # of one mask of one lane; a function of the lane alone, or masks would depend on their number
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One call of a dropout layer in a forward pass."""
+
+    layer: int
+    shape: tuple[int, ...]  # of the mask
+    dtype: torch.dtype
+
+
+class LaneDropout(nn.Module):
+    """Takes the place of an nn.Dropout: multiplies by masks that it is given, one per call."""
+
+    def __init__(self, p: float, spatial: int) -> None:
+        """
+        Args:
+            p: probability of a zero, for calls that are only recorded.
+            spatial: dimensions of a channel that is dropped whole, 0 for single values.
+        """
+        super().__init__()
+        self.p = p
+        self.spatial = spatial
+        self.masks: list[Tensor] = []
+        self.n_calls = 0
+        self.on_call: Callable[[tuple[int, ...], torch.dtype], None] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        if self.on_call is not None:
+            shape = tuple(x.shape)
+            if self.spatial:
+                if x.ndim != 2 + self.spatial:
+                    raise LanesRefused(f"a dropout of whole channels has {x.ndim} dimensions")
+                shape = (*shape[:2], *(1 for _ in range(self.spatial)))
+            self.on_call(shape, x.dtype)
+            return x
+        mask = self.masks[self.n_calls]
+        self.n_calls += 1
+        return x * mask
+
+
+# Dimensions of what is dropped whole.
+_SPATIAL: dict[type[nn.Module], int] = {nn.Dropout: 0, nn.Dropout1d: 1, nn.Dropout2d: 2, nn.Dropout3d: 3}
+
+
+def own_dropouts(model: nn.Module) -> list[nn.Module]:
+    """A model's dropout layers whose masks can be given to it, each once, in the order of its modules."""
+    return [module for module in model.modules() if type(module) in _SPATIAL]
+
+
+def give_masks(model: nn.Module) -> list[LaneDropout]:
+    """Puts a LaneDropout in the place of each of a model's own dropout layers, in their order."""
+    made: dict[int, LaneDropout] = {}
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is None or type(child) not in _SPATIAL:
+                continue
+            if id(child) not in made:
+                made[id(child)] = LaneDropout(float(child.p), _SPATIAL[type(child)])  # type: ignore[arg-type]
+            module._modules[name] = made[id(child)]
+    return [module for module in model.modules() if isinstance(module, LaneDropout)]
+
+
+def rates_of(model: nn.Module) -> list[float]:
+    """The probabilities of a model's own dropout layers."""
+    return [float(module.p) for module in own_dropouts(model)]  # type: ignore[arg-type]
+
+
+class Masks:
+    """The masks of an epoch: drawn for all lanes, each from its own generator."""
+
+    def __init__(self, rates: Sequence[Sequence[float]], seeds: Sequence[int], device: torch.device) -> None:
+        """
+        Args:
+            rates: of each lane, of each of its dropout layers.
+            seeds: of each lane.
+        """
+        self._rates = rates
+        self._device = device
+        self._generators = [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
+        self._plan: tuple[Drawn, ...] = ()
+        self._held: list[Tensor] = []  # of each call, (S, L, *shape)
+        self._keeps: list[Tensor] = []
+        self._next = 0  # step within the block
+        self._n_block = 0
+
+    def draw(self, plan: tuple[Drawn, ...], steps_left: int) -> list[Tensor]:
+        """The masks of the next step, each (L, *shape), already scaled; good until the next call.
+
+        Args:
+            plan: the calls of this step's forward pass, in order.
+            steps_left: steps of this plan that follow in a row, this one included.
+        """
+        if plan != self._plan or self._next == self._n_block:
+            self._draw_block(plan, steps_left)
+        masks = [held[self._next] for held in self._held]
+        self._next += 1
+        return masks
+
+    def _draw_block(self, plan: tuple[Drawn, ...], steps_left: int) -> None:
+        n_lanes = len(self._rates)
+        size = 1
+        if self._device.type != "cpu" and plan:
+            largest = max(torch.Size(call.shape).numel() * call.dtype.itemsize for call in plan)
+            size = max(1, min(_BLOCK_STEPS, steps_left, _BLOCK_BYTES // max(1, largest)))
+        if plan != self._plan or size != self._n_block:
+            self._plan, self._n_block = plan, size
+            self._held = [
+                torch.ones((size, n_lanes, *call.shape), dtype=call.dtype, device=self._device) for call in plan
+            ]
+            self._keeps = [self._keep(call) for call in plan]
+        self._next = 0
+        for call, held, keep in zip(plan, self._held, self._keeps, strict=True):
+            for lane, generator in enumerate(self._generators):
+                p = self._rates[lane][call.layer]
+                if 0.0 < p < 1.0:
+                    held[:, lane].bernoulli_(1.0 - p, generator=generator)
+                elif p == 1.0:
+                    held[:, lane].zero_()
+            held.div_(keep)
+
+    def _keep(self, call: Drawn) -> Tensor:
+        """What a mask is divided by: the probability of a one, where there is anything to scale."""
+        keeps = [1.0 - rates[call.layer] if 0.0 < rates[call.layer] < 1.0 else 1.0 for rates in self._rates]
+        shape = (len(keeps), *(1 for _ in call.shape))
+        return torch.tensor(keeps, dtype=call.dtype, device=self._device).reshape(shape)
+
+
+def recorded(layers: Sequence[LaneDropout], forward: Callable[[], object]) -> tuple[Drawn, ...]:
+    """The calls of dropout layers in a forward pass, in order; in that pass nothing is dropped."""
+    calls: list[Drawn] = []
+
+    def listener(number: int) -> Callable[[tuple[int, ...], torch.dtype], None]:
+        return lambda shape, dtype: calls.append(Drawn(number, shape, dtype))
+
+    try:
+        for number, layer in enumerate(layers):
+            layer.on_call = listener(number)
+        forward()
+    finally:
+        for layer in layers:
+            layer.on_call = None
+    return tuple(calls)

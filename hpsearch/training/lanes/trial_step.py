@@ -1,0 +1,352 @@
+"""Which route trains some trials as one program: a step by each route is compared with the unfused step, lane by lane.
+
+What is compared: losses, gradients, buffers, and outputs in evaluation; then, from the *same* gradients, clipping and
+the optimizer's rule with all that it keeps. Weights after a whole step would be the wrong thing to compare: the first
+step of Adam makes plus or minus one of a gradient that is nothing but rounding.
+
+So that chance does not differ, dropout layers are given the same masks on both sides, and whatever else draws does so
+from the same seed, the same in every lane.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hpsearch.training.data import epoch_seed
+from hpsearch.training.lanes.dropout import Drawn, LaneDropout, Masks, give_masks, rates_of, recorded
+from hpsearch.training.lanes.forward import Forward, Outputs, Route
+from hpsearch.training.lanes.likeness import can_fuse, changed_attribute, remembered
+from hpsearch.training.lanes.refusal import LanesRefused
+from hpsearch.training.lanes.stack import Stack
+from hpsearch.training.lanes.step import clip_lanes
+from hpsearch.training.loop import DefaultTraining, checked_loss, training_loss
+from hpsearch.training.seeding import borrowed_rng, seed_all
+from hpsearch.training.user_code import describe, is_out_of_memory
+
+TOLERANCE = 1e-3  # of a tensor's largest entry; float32 kernels differ by 1e-6 to 1e-4, wrong gradients by about 1
+SMALL = 1e-3  # a tensor whose entries are below this share of the lane's largest gradient is compared with that instead
+RULE_TOLERANCE = 1e-5  # from the same gradients
+EVAL_ROWS = 64
+REASON_CHARS = 200
+_OF_FORWARD = "forward() "  # how reasons begin that are the model's own doing, whatever the route
+
+
+def find_route(trainings: Sequence[DefaultTraining]) -> tuple[Route | None, str]:
+    """The cheapest route by which a trial step of these trainings is what each would do alone; else None and why not.
+
+    All trainings, and all global random state, are left as they were.
+
+    Args:
+        trainings: at least one; a single one is tried in two lanes.
+    """
+    first = trainings[0]
+    for training in trainings:
+        if reason := can_fuse(first, training):
+            return None, reason
+    lanes = list(trainings) if len(trainings) > 1 else [first, first]
+    with borrowed_rng(first.device), _exact_kernels(first.device), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+        try:
+            plain = _plain_steps(lanes)
+        except LanesRefused as refusal:
+            return None, refusal.reason
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return None, f"a plain step of it raised {describe(error)}"
+        reasons = []
+        for route in _routes(first.model, plain[0].idle):
+            try:
+                return _tried(lanes, plain, route), ""
+            except LanesRefused as refusal:
+                reasons.append(refusal.reason)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                reasons.append(_in_plain_words(error))
+    return None, next((reason for reason in reasons if reason.startswith(_OF_FORWARD)), reasons[-1])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _PlainStep:
+    """What one training's unfused step gives, from a copy of its model and optimizer."""
+
+    inputs: Tensor
+    target: Tensor
+    masks: list[Tensor]
+    plan: tuple[Drawn, ...]
+    loss: Tensor
+    grads: dict[str, Tensor]
+    idle: frozenset[str]
+    buffers: dict[str, Tensor]  # after it
+    after: DefaultTraining  # the copy, after it
+    eval_inputs: Tensor
+    eval_output: Tensor  # of the model before the step
+
+
+def _routes(model: nn.Module, idle: frozenset[str]) -> Iterator[Route]:
+    # Summed losses give the padding's row a gradient in all lanes but the first, which a step without padding hides.
+    if not any(isinstance(module, nn.Embedding) and module.padding_idx is not None for module in model.modules()):
+        yield Route(gradients="summed", idle=idle)
+    yield Route(gradients="each", idle=idle)
+
+
+def _plain_steps(trainings: Sequence[DefaultTraining]) -> list[_PlainStep]:
+    first = trainings[0]
+    batches = []
+    for training in trainings:
+        batches.append(
+            next(
+                training.data.train_batches(
+                    batch_size=training.settings.batch_size,
+                    seed=training.seed,
+                    epoch=training.epoch + 1,
+                    shuffle=training.shuffle,
+                    augment=training.augment,
+                )
+            )
+        )
+    if len({(x.shape, x.dtype, y.shape, y.dtype) for x, y in batches}) > 1:
+        raise LanesRefused("augment() or the Dataset gives batches of other shapes in each lane")
+    eval_inputs = next(first.data.batches("val", batch_size=min(EVAL_ROWS, first.data.n_rows("val"))))[0]
+    copies = [copied(training) for training in trainings]
+    dropouts = [give_masks(lane.model) for lane in copies]
+    seed = epoch_seed(first.seed, first.epoch + 1, "trial-step")
+    plan: tuple[Drawn, ...] = ()
+    if dropouts[0]:
+        spare = copied(first)
+        spare_dropouts = give_masks(spare.model)
+        spare.model.train()
+        with torch.no_grad():
+            plan = recorded(spare_dropouts, lambda: spare.model(batches[0][0]))
+    masks = Masks(
+        [rates_of(training.model) for training in trainings],
+        [epoch_seed(training.seed, training.epoch + 1, "train") for training in trainings],
+        first.device,
+    )
+    drawn = masks.draw(plan, 1) if plan else []
+    steps = []
+    for lane, own_copy in enumerate(copies):
+        own = [mask[lane].clone() for mask in drawn]
+        steps.append(_plain_step(own_copy, dropouts[lane], batches[lane], own, plan, eval_inputs, seed))
+    if len({step.idle for step in steps}) > 1:
+        raise LanesRefused("gradients reach other parameters in each lane")
+    return steps
+
+
+def _plain_step(
+    training: DefaultTraining,
+    dropouts: list[LaneDropout],
+    batch: tuple[Tensor, Tensor],
+    masks: list[Tensor],
+    plan: tuple[Drawn, ...],
+    eval_inputs: Tensor,
+    seed: int,
+) -> _PlainStep:
+    model, (inputs, target) = training.model, batch
+    model.eval()
+    with torch.no_grad():
+        eval_output = model(eval_inputs)
+    model.train()
+    for number, dropout in enumerate(dropouts):
+        dropout.masks = [mask for mask, call in zip(masks, plan, strict=True) if call.layer == number]
+        dropout.n_calls = 0
+    before = remembered(model)
+    for param in model.parameters():
+        param.grad = None
+    seed_all(seed, training.device)
+    loss_of = training_loss(training.task, training.data.info.outputs, training.settings.label_smoothing)
+    host_random = _host_random()
+    loss = checked_loss(training.task, training.data, loss_of)(model(inputs.clone()), target)
+    loss.backward()
+    for dropout in dropouts:
+        dropout.n_calls = 0
+    if _host_random() != host_random:
+        raise LanesRefused("forward() draws from Python's or numpy's generator, and lanes would share what it draws")
+    if name := changed_attribute(before, remembered(model)):
+        raise LanesRefused(f"forward() changes `{name}`, which lanes would share")
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    if any(grad.is_sparse for grad in grads.values()):
+        raise LanesRefused("gradients are sparse")
+    idle = frozenset(name for name, p in model.named_parameters() if p.requires_grad and p.grad is None)
+    kept = {name: grad.clone() for name, grad in grads.items()}
+    if training.settings.grad_clip_norm is not None:
+        nn.utils.clip_grad_norm_(
+            [p for p in model.parameters() if p.grad is not None], training.settings.grad_clip_norm
+        )
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    training.optimizer.step()
+    return _PlainStep(
+        inputs=inputs,
+        target=target,
+        masks=masks,
+        plan=plan,
+        loss=loss.detach(),
+        grads=kept,
+        idle=idle,
+        buffers=buffers,
+        after=training,
+        eval_inputs=eval_inputs,
+        eval_output=eval_output,
+    )
+
+
+def _tried(trainings: Sequence[DefaultTraining], plain: Sequence[_PlainStep], route: Route) -> Route:
+    """The route, with the way in which outputs are had.
+
+    Raises:
+        LanesRefused: the fused step differs from the plain ones.
+        Exception: whatever a model raises under `vmap`.
+    """
+    first = trainings[0]
+    stack = Stack(trainings, idle=route.idle)
+    same = Forward(first, stack, route, randomness="same")
+    smoothing = [training.settings.label_smoothing for training in trainings]
+    same.set_smoothing(smoothing, smoothed=any(smoothing))
+    inputs, target = torch.stack([step.inputs for step in plain]), torch.stack([step.target for step in plain])
+    masks = [torch.stack(list(lanes)) for lanes in zip(*(step.masks for step in plain), strict=True)]
+    plan = plain[0].plan
+    outputs = _outputs_route(trainings, stack, plain, route)
+    stack.keep()
+    seed_all(epoch_seed(first.seed, first.epoch + 1, "trial-step"), first.device)
+    losses, grads = same.losses_and_gradients(inputs, target, masks, plan)
+    for lane, step in enumerate(plain):
+        _require_close("its loss", losses[lane], step.loss.reshape(()), lane)
+        largest = max((float(grad.abs().max()) for grad in step.grads.values() if grad.numel()), default=0.0)
+        for block, given in zip(stack.blocks, grads, strict=True):
+            for part, grad in zip(block.parts, given, strict=True):
+                floor = SMALL * largest
+                _require_close(f"the gradient of {part.name}", grad[lane], step.grads[part.name], lane, floor=floor)
+        for name, values in stack.buffers.items():
+            _require_close(f"buffer {name}", values[lane], step.buffers[name], lane)
+    stack.go_back()
+    different = Forward(first, stack, route)
+    different.set_smoothing(smoothing, smoothed=any(smoothing))
+    different.losses_and_gradients(inputs, target, masks, plan)  # as in training, where every lane draws for itself
+    stack.go_back()
+    _require_rule(trainings, plain, stack)
+    return replace(route, outputs=outputs)
+
+
+def _outputs_route(
+    trainings: Sequence[DefaultTraining], stack: Stack, plain: Sequence[_PlainStep], route: Route
+) -> Outputs:
+    ways: tuple[Outputs, ...] = ("vmap", "vjp")
+    for outputs in ways:
+        forward = Forward(trainings[0], stack, replace(route, outputs=outputs), randomness="same")
+        try:
+            with forward.evaluating():
+                found = forward.outputs(plain[0].eval_inputs)
+            for lane, step in enumerate(plain):
+                _require_close("its output", found[lane], step.eval_output, lane)
+        except LanesRefused:
+            continue
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            continue
+        return outputs
+    return "alone"
+
+
+def _require_rule(trainings: Sequence[DefaultTraining], plain: Sequence[_PlainStep], stack: Stack) -> None:
+    """The same gradients, clipped and stepped by, give the same weights and optimizer state."""
+    rates = [
+        np.array([[float(training.optimizer.param_groups[number]["lr"]) for training in trainings]])
+        for number in range(len(trainings[0].optimizer.param_groups))
+    ]
+    stack.begin_epoch([training.optimizer for training in trainings], rates)
+    with torch.no_grad():
+        for block in stack.blocks:
+            block.put_gradients([torch.stack([step.grads[part.name] for step in plain]) for part in block.parts])
+        clips = [training.settings.grad_clip_norm for training in trainings]
+        if any(clip is not None for clip in clips):
+            limits = [float("inf") if clip is None else clip for clip in clips]
+            clip_lanes([block.grad for block in stack.blocks], torch.tensor(limits, device=stack.device))
+        for block in stack.stepped:
+            block.step(0)
+    for lane, (training, step) in enumerate(zip(trainings, plain, strict=True)):
+        fused = copied(training)
+        stack.store(lane, fused)
+        theirs = dict(step.after.model.named_parameters())
+        for name, param in fused.model.named_parameters():
+            _require_close(f"{name} after a step", param, theirs[name], lane, tolerance=RULE_TOLERANCE)
+            mine, wanted = fused.optimizer.state.get(param, {}), step.after.optimizer.state.get(theirs[name], {})
+            for key in set(mine) | set(wanted):
+                if not isinstance(mine.get(key), Tensor) or not isinstance(wanted.get(key), Tensor):
+                    raise LanesRefused(f"the optimizer keeps `{key}` of {name} in another way")
+                what = f"the optimizer's {key} of {name}"
+                _require_close(what, mine[key], wanted[key], lane, tolerance=RULE_TOLERANCE)
+
+
+def _require_close(
+    what: str, found: Tensor, wanted: Tensor, lane: int, *, tolerance: float = TOLERANCE, floor: float = 1e-12
+) -> None:
+    if found.shape != wanted.shape:
+        raise LanesRefused(f"{what} would be {tuple(found.shape)} in a lane, not {tuple(wanted.shape)}")
+    if not wanted.numel():
+        return
+    found, wanted = found.detach().double(), wanted.detach().double()
+    finite = wanted.isfinite()
+    scale = float(torch.where(finite, wanted, 0.0).abs().max())
+    error = torch.where(finite, found - wanted, torch.where(found.isfinite(), 1.0, 0.0)).abs().max()
+    if not float(error) <= tolerance * max(scale, floor):
+        raise LanesRefused(f"{what} would be wrong in lane {lane} (by {float(error):.1g}, of {scale:.1g})")
+
+
+def copied(training: DefaultTraining) -> DefaultTraining:
+    """A training of its own, from where this one is.
+
+    Raises:
+        LanesRefused: the model or the optimizer cannot be copied.
+    """
+    made = copy.copy(training)
+    try:
+        made.model, made.optimizer = copy.deepcopy((training.model, training.optimizer))
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise LanesRefused(f"its model cannot be copied: {describe(error)}") from error
+    return made
+
+
+def _host_random() -> tuple[object, ...]:
+    """Where Python's and numpy's global generators stand."""
+    numpys: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - user code may draw from it
+    return random.getstate(), numpys["state"]["key"].tobytes(), numpys["state"]["pos"], numpys["gauss"]
+
+
+def _in_plain_words(error: Exception) -> str:
+    text = str(error)
+    if ".item()" in text:
+        return f"{_OF_FORWARD}reads a tensor's value (.item(), float(tensor), int(tensor)), of which lanes have several"
+    if "data-dependent control flow" in text:
+        return (
+            f"{_OF_FORWARD}decides by the values of a tensor (if, while), which lanes cannot each do in their own way"
+        )
+    words = describe(error)
+    return f"it cannot be run in lanes: {words if len(words) <= REASON_CHARS else words[: REASON_CHARS - 2] + ' …'}"
+
+
+@contextmanager
+def _exact_kernels(device: torch.device) -> Iterator[None]:
+    """On a GPU, float32 without TF32, whose rounding differs from kernel to kernel by as much as is looked for."""
+    if device.type != "cuda":
+        yield
+        return
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products

@@ -1,0 +1,286 @@
+"""Folds for the best few: what is trained, what is given up, what is recorded, and who is the best afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hpsearch.cli.verdict_text import verdict_text
+from hpsearch.events import Evaluated, Opened, from_json
+from hpsearch.fleets import Launch
+from hpsearch.fleets.local import LocalFleet
+from hpsearch.forecast import FoldForecast
+from hpsearch.job import FoldJob, Result
+from hpsearch.journal import FILE_NAME, read_journal
+from hpsearch.spec import parse_spec
+from hpsearch.state import Entry, StudyState
+from hpsearch.tracker.operations import UpdateStudy, due_operations
+from hpsearch.verdict import verdict
+from tests import fakes
+
+SPACE = """
+name: folded
+task: task.py:Task
+preflight: {enabled: false}
+search: {trials: 9}
+parameters:
+  lr: {distribution: log_uniform, min: 1e-4, max: 1.0}
+early_stopping: {min_epochs: 1, max_epochs: 9, reduction_factor: 3}
+evaluate: {folds: 5, trials: 4}
+ensemble: {pool: 4, size: 2}
+"""
+
+
+def run(run_dir: Path, *overrides: str, make_executor=fakes.make_executor, workers: int = 1) -> StudyState:  # type: ignore[no-untyped-def]
+    launch = Launch(
+        run_dir=run_dir,
+        spec=parse_spec(SPACE, overrides=overrides),
+        folder=run_dir,
+        make_sampler=fakes.make_sampler,
+        make_executor=make_executor,
+    )
+    seen: list[Entry] = []
+    LocalFleet(launch, workers=workers).run(seen.extend)
+    return StudyState.of(seen)
+
+
+def folds_of(state: StudyState, trial: int) -> list[str]:
+    return sorted(key for key in state.results if key.startswith(f"fold/{trial}/"))
+
+
+def test_best_few_are_ranked_by_their_mean_over_the_folds(tmp_path: Path) -> None:
+    state = run(tmp_path)
+    assert state.evaluated is not None
+    rows = state.evaluated.standings
+    assert {row["trial"] for row in rows} == {trial.number for trial in state.candidates(4)}
+    first = rows[0]
+    runs = [state.results[key] for key in folds_of(state, first["trial"])]  # type: ignore[arg-type]
+    assert first["folds"] == len(runs) == 5
+    assert first["mean"] == pytest.approx(sum(run.epochs[-1][1]["val_loss"] for run in runs) / 5)
+    assert first["low"] < first["corrected"] < first["high"]  # type: ignore[operator]
+    assert state.selected is not None
+    assert state.leaders[0] == state.selected.best == first["trial"]
+    told = verdict(state, run_dir="", wall_s=0.0, stages_s={}, mlflow={})
+    assert told["best"]["evaluated"] == first  # type: ignore[index]
+
+
+def test_trial_that_is_clearly_worse_after_three_folds_gets_no_more(tmp_path: Path) -> None:
+    state = run(tmp_path)
+    assert state.evaluated is not None
+    n_folds = {row["trial"]: row["folds"] for row in state.evaluated.standings}
+    assert 3 in n_folds.values()
+    assert {trial: len(folds_of(state, trial)) for trial in n_folds} == n_folds  # type: ignore[arg-type]
+    given_up = [row for row in state.evaluated.standings if row["folds"] == 3]
+    assert all(row["chance"] is None for row in given_up)
+    assert state.evaluated.standings[-1] in given_up
+
+
+def test_trial_is_trained_on_a_fold_for_as_long_as_in_the_search(tmp_path: Path) -> None:
+    state = run(tmp_path, "evaluate.trials=9", "early_stopping.type=sha")
+    assert {state.trials[n].epoch for n in range(9)} == {1, 3, 9}
+    for key, result in state.results.items():
+        if key.startswith("fold/"):
+            assert len(result.epochs) == state.trials[int(key.split("/")[1])].epoch
+
+
+def test_repeats_cut_the_rows_anew(tmp_path: Path) -> None:
+    state = run(tmp_path, "evaluate.folds=2", "evaluate.repeats=3")
+    assert state.evaluated is not None
+    first = state.evaluated.standings[0]
+    epochs = state.trials[first["trial"]].epoch  # type: ignore[index]
+    assert folds_of(state, first["trial"]) == [  # type: ignore[arg-type]
+        f"fold/{first['trial']}/{epochs}/2/{repeat}/{fold}" for repeat in range(3) for fold in range(2)
+    ]
+
+
+def test_number_of_workers_changes_neither_jobs_nor_standings(tmp_path: Path) -> None:
+    one, three = (run(tmp_path / str(n), "early_stopping.type=sha", workers=n) for n in (1, 3))
+    assert {k for k in one.results if k.startswith("fold/")} == {k for k in three.results if k.startswith("fold/")}
+    assert one.evaluated is not None
+    assert three.evaluated is not None
+    assert one.evaluated.standings == three.evaluated.standings
+
+
+def test_journal_cut_anywhere_in_the_stage_gives_the_same_winner(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+    raw = (tmp_path / "whole" / FILE_NAME).read_bytes().splitlines(keepends=True)
+    first = next(i for i, line in enumerate(raw) if b'"key":"fold/' in line)
+    last = next(i for i, line in enumerate(raw) if b'"type":"evaluated"' in line)
+    for cut in range(first, last + 2):
+        folder = tmp_path / str(cut)
+        shutil.copytree(tmp_path / "whole", folder)
+        (folder / FILE_NAME).write_bytes(b"".join(raw[:cut]))
+        again = run(folder)
+        assert again.evaluated == whole.evaluated
+        assert {k for k in again.results if k.startswith("fold/")} == {
+            k for k in whole.results if k.startswith("fold/")
+        }
+        assert sum(isinstance(entry.event, Evaluated) for entry in read_journal(folder)) == 1
+
+
+class Upset(fakes.FakeExecutor):
+    """Folds turn the search's order around."""
+
+    def _fold(self, job: FoldJob) -> Result:
+        result = super()._fold(job)
+        rows = tuple(
+            dataclasses.replace(row, metrics={"val_loss": 2.0 - row.metrics["val_loss"]}) for row in result.epochs
+        )
+        return dataclasses.replace(result, epochs=rows)
+
+
+@pytest.mark.parametrize("overrides", [["ensemble.enabled=false"], ["ensemble.pool=2", "ensemble.size=2"]])
+def test_winner_that_the_search_ranked_last_of_the_few_is_delivered(tmp_path: Path, overrides: list[str]) -> None:
+    """Its checkpoint must be kept, or made again, though it is in no pool by the search's own order."""
+    state = run(tmp_path, *overrides, make_executor=lambda spec, folder: Upset())
+    assert state.selected is not None
+    assert state.selected.best == state.candidates(4)[-1].number
+    assert state.done
+
+
+def test_confirm_takes_the_best_by_folds(tmp_path: Path) -> None:
+    state = run(tmp_path, "confirm.trials=2", make_executor=lambda spec, folder: Upset())
+    assert state.evaluated is not None
+    assert state.confirmed is not None
+    assert set(state.confirmed_order) == {row["trial"] for row in state.evaluated.standings[:2]}
+
+
+class Unlucky(fakes.FakeExecutor):
+    """The leader of the search diverges on one fold, or crashes there twice."""
+
+    outcome = "diverged"
+
+    def _fold(self, job: FoldJob) -> Result:
+        if job.fold == 1 and job.trial == 3:
+            return Result(key=job.key, outcome=self.outcome, message="val_loss is nan")  # type: ignore[arg-type]
+        return super()._fold(job)
+
+
+class Crashing(Unlucky):
+    outcome = "crashed"
+
+
+@pytest.mark.parametrize("executor", [Unlucky, Crashing])
+def test_trial_that_goes_wrong_on_a_fold_is_out(tmp_path: Path, executor: type[fakes.FakeExecutor]) -> None:
+    state = run(tmp_path, make_executor=lambda spec, folder: executor())
+    assert state.evaluated is not None
+    assert 3 in {trial.number for trial in state.candidates(4)}
+    assert state.evaluated.out == (3,)
+    assert 3 not in {row["trial"] for row in state.evaluated.standings}
+    assert state.done
+
+
+class Hopeless(fakes.FakeExecutor):
+    def _fold(self, job: FoldJob) -> Result:
+        return Result(key=job.key, outcome="diverged", message="val_loss is nan")
+
+
+def test_study_whose_folds_all_go_wrong_ends_with_the_searched_best(tmp_path: Path) -> None:
+    state = run(tmp_path, make_executor=lambda spec, folder: Hopeless())
+    assert state.done
+    assert state.evaluated is not None
+    assert state.evaluated.standings == ()
+    assert state.selected is not None
+    assert state.selected.best == state.candidates(1)[0].number
+
+
+def test_study_without_the_key_trains_no_fold(tmp_path: Path) -> None:
+    state = run(tmp_path, "evaluate.enabled=false")
+    assert state.evaluated is None
+    assert not any(key.startswith("fold/") for key in state.results)
+
+
+def test_more_repeats_on_resume_use_the_folds_that_are_there(tmp_path: Path) -> None:
+    before = run(tmp_path)
+    state = run(tmp_path, "evaluate.repeats=2")
+    assert state.evaluated is not None
+    assert state.evaluated.repeats == 2
+    assert {k for k in before.results if k.startswith("fold/")} <= set(state.results)
+    leased = [e.event.key for e in read_journal(tmp_path) if e.event.type == "leased" and "fold/" in e.event.key]  # type: ignore[union-attr]
+    assert len(leased) == len(set(leased))
+    assert state.done
+
+
+def test_longer_training_evaluates_again(tmp_path: Path) -> None:
+    run(tmp_path)
+    state = run(tmp_path, "early_stopping.max_epochs=27")
+    assert any(key.split("/")[2] == "27" for key in state.results if key.startswith("fold/"))
+    assert sum(isinstance(entry.event, Evaluated) for entry in read_journal(tmp_path)) == 2
+
+
+def test_metric_that_is_maximised_is_told_in_its_own_unit(tmp_path: Path) -> None:
+    state = run(tmp_path, "metric={name: val_accuracy, goal: maximize}")
+    assert state.evaluated is not None
+    first, second = state.evaluated.standings[:2]
+    assert 0 < first["low"] < first["corrected"] <= first["mean"] < first["high"] < 1  # type: ignore[operator]
+    assert first["mean"] > second["mean"] or second["folds"] < 5  # type: ignore[operator]
+
+
+def test_verdict_tells_each_candidate_with_its_interval_and_who_was_given_up(tmp_path: Path) -> None:
+    state = run(tmp_path)
+    outcome = verdict(state, run_dir="runs/folded", wall_s=0.0, stages_s={}, mlflow={})
+    lines = verdict_text(state, outcome, None, None).splitlines()
+    header = next(i for i, line in enumerate(lines) if "mean of folds" in line)
+    assert state.evaluated is not None
+    told = [line.split() for line in lines[header + 1 : header + 5]]
+    assert [words[:2] for words in told] == [["trial", str(row["trial"])] for row in state.evaluated.standings]
+    assert "5 of 5" in lines[header + 1]
+    assert lines[header + 4].endswith("3 of 5  given up")
+
+
+def test_verdict_names_who_is_out(tmp_path: Path) -> None:
+    state = run(tmp_path, make_executor=lambda spec, folder: Unlucky())
+    outcome = verdict(state, run_dir="runs/folded", wall_s=0.0, stages_s={}, mlflow={})
+    assert "note: out of the race, since training on some fold went wrong: trial 3" in verdict_text(
+        state, outcome, None, None
+    )
+
+
+def test_mlflow_is_told_each_fold(tmp_path: Path) -> None:
+    state = run(tmp_path)
+    assert state.evaluated is not None
+    first = state.evaluated.standings[0]
+    points = [
+        point
+        for operation in due_operations(state, {})
+        if isinstance(operation, UpdateStudy)
+        for point in operation.content.points
+        if point.name == f"evaluate/trial-{first['trial']}/score"
+    ]
+    assert [(point.step, point.value) for point in points] == list(enumerate(first["scores"]))  # type: ignore[arg-type]
+
+
+def test_plan_tells_trainings_and_epochs_before_they_are_spent() -> None:
+    found = FoldForecast.of(parse_spec(SPACE))
+    assert found == FoldForecast(trials=4, fewest_jobs=14, most_jobs=20, most_epochs=180)
+    assert found.line() == "folds: 14 to 20 trainings of the best 4, 180 epochs at most"
+    assert FoldForecast.of(parse_spec(SPACE, overrides=["evaluate.enabled=false"])) is None
+    few = FoldForecast.of(parse_spec(SPACE, overrides=["search.trials=2", "evaluate.folds=2"]))
+    assert few == FoldForecast(trials=2, fewest_jobs=4, most_jobs=4, most_epochs=36)
+
+
+def test_journal_of_a_version_that_knew_no_folds_keeps_its_choice_on_resume(tmp_path: Path) -> None:
+    """Its specs have neither key; taken up again, nothing is chosen anew."""
+    run(tmp_path, "evaluate.enabled=false")
+    journal = tmp_path / FILE_NAME
+    lines = []
+    for line in journal.read_text().splitlines():
+        body = json.loads(line)
+        if body["type"] == "opened":
+            del body["spec"]["evaluate"], body["spec"]["baseline"]
+        lines.append(body)
+    state = StudyState()
+    for body in lines:
+        fields = {key: value for key, value in body.items() if key not in ("seq", "fence", "time", "crc")}
+        state.apply(from_json(fields), body["time"])
+    chosen = state.selected
+    assert chosen is not None
+    assert state.compared is not None
+    state.apply(Opened(study="folded", uid="u", spec=parse_spec(SPACE, overrides=["evaluate.enabled=false"]).dump(),
+                       spec_text=""), 1e10)  # fmt: skip
+    assert state.selected is chosen
+    assert state.compared is not None

@@ -1,0 +1,282 @@
+"""What can share a program, and by which route; what cannot says why, and nothing is left changed."""
+
+from __future__ import annotations
+
+import functools
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hpsearch.job import Config
+from hpsearch.task import Task
+from hpsearch.training.checkpoint import pack
+from hpsearch.training.lanes import LaneGroup, Route, can_fuse, find_route
+from hpsearch.training.lanes.forward import Forward
+from hpsearch.training.loop import DefaultTraining
+from tests import networks
+from tests.test_lanes import Bag, Mlp, Recurrent, Transformer, padded, task, trainings
+from tests.test_loop import random_states
+
+
+def pair(of: Task, *configs: Config) -> list[DefaultTraining]:
+    return trainings(of, configs or ({}, {}))
+
+
+def reason_of(network: Any, rows: Any = networks.classes, **members: Any) -> str:
+    route, reason = find_route(pair(task(network, rows, **members)))
+    assert route is None
+    return reason
+
+
+class Odd(Mlp):
+    """An Mlp whose forward() does something more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.odd(x))
+
+    def odd(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize(
+    ("network", "rows", "route"),
+    [
+        (Mlp, networks.classes, Route(gradients="summed")),
+        (Transformer, networks.sequences, Route(gradients="summed")),
+        (lambda _: Recurrent(nn.GRU), networks.sequences, Route(gradients="each", outputs="vjp")),
+        (Bag, padded, Route(gradients="each")),
+    ],
+    ids=["mlp", "transformer", "gru", "padding"],
+)
+def test_the_cheapest_route_that_is_right_is_taken(network: Any, rows: Any, route: Route) -> None:
+    assert find_route(pair(task(network, rows))) == (route, "")
+
+
+def test_parameters_without_gradients_are_told_to_the_optimizer() -> None:
+    class Spare(Mlp):
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            self.spare = nn.Parameter(torch.ones(2))
+
+    assert find_route(pair(task(Spare))) == (Route(gradients="summed", idle=frozenset({"spare"})), "")
+
+
+class Padded(nn.Module):
+    """An embedding whose padding no module tells of."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.table, self.head = nn.Parameter(torch.randn(20, 8)), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.embedding(x, self.table, padding_idx=0).mean(dim=1))
+
+
+def test_a_route_that_gives_wrong_gradients_is_found_out_by_the_trial_step() -> None:
+    assert find_route(pair(task(Padded, padded))) == (Route(gradients="each"), "")
+    wrong = trainings(task(Padded, padded), [{}, {}])
+    forward = Forward(wrong[0], LaneGroup(wrong, Route(gradients="summed"))._stack, Route(gradients="summed"))
+    x = torch.zeros(2, 5, 10, dtype=torch.long)
+    grads = forward.losses_and_gradients(x, torch.zeros(2, 5, dtype=torch.long), [], [])[1][0]
+    assert [bool((grads[0][lane][0] != 0).any()) for lane in (0, 1)] == [False, True]  # what torch 2.13 does
+
+
+def test_a_single_training_is_tried_in_two_lanes() -> None:
+    assert find_route(pair(task(Padded, padded))[:1]) == (Route(gradients="each"), "")
+
+
+def test_padding_is_minded_also_where_the_trial_step_meets_none() -> None:
+    def unpadded(n: int, seed: int) -> tuple[Tensor, Tensor]:
+        x, y = networks.sequences(n, seed)
+        return x.clamp_min(1), y
+
+    assert find_route(pair(task(Bag, unpadded))) == (Route(gradients="each"), "")
+
+
+@pytest.mark.parametrize(
+    ("odd", "words"),
+    [
+        (lambda self, x: x * float(x.abs().mean().item()), "forward() reads a tensor's value (.item(), float(tensor)"),
+        (lambda self, x: x if x.sum() > 0 else -x, "forward() decides by the values of a tensor (if, while)"),
+    ],
+    ids=["item", "branch"],
+)
+def test_a_forward_that_needs_values_is_trained_alone(odd: Any, words: str) -> None:
+    assert reason_of(type("Reads", (Odd,), {"odd": odd})).startswith(words)
+
+
+def test_a_forward_that_counts_in_an_attribute_is_trained_alone() -> None:
+    class Counting(Odd):
+        calls = 0
+
+        def odd(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return x
+
+    assert reason_of(Counting) == "forward() changes `calls`, which lanes would share"
+
+
+def test_a_forward_that_draws_on_the_host_is_trained_alone() -> None:
+    class Skipping(Odd):
+        def odd(self, x: Tensor) -> Tensor:
+            return x if random.random() < 0.5 else -x
+
+    words = "forward() draws from Python's or numpy's generator, and lanes would share what it draws"
+    assert reason_of(Skipping) == words
+
+
+def test_a_model_that_cannot_be_copied_is_trained_alone() -> None:
+    class Uncopied(Mlp):
+        def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+            raise TypeError("one of a kind")
+
+    assert reason_of(Uncopied) == "its model cannot be copied: TypeError: one of a kind"
+
+
+def test_batch_norm_that_counts_on_the_host_is_trained_alone() -> None:
+    def network(config: Config) -> nn.Module:
+        return nn.Sequential(nn.Linear(12, 4), nn.BatchNorm1d(4, momentum=None))
+
+    assert reason_of(network) == "module 1 has momentum=None, so that it counts its batches on the host"
+
+
+def test_hooks_and_half_precision_are_trained_alone() -> None:
+    def hooked(config: Config) -> nn.Module:
+        model = Mlp(config)
+        model[0].register_forward_hook(lambda *_: None)
+        return model
+
+    def masked(config: Config) -> nn.Module:
+        model = Mlp(config)
+        model[0].weight.register_hook(lambda grad: grad * 0)
+        return model
+
+    assert reason_of(hooked) == "module 0 has hooks"
+    assert reason_of(masked) == "parameter 0.weight has hooks"
+    half = reason_of(lambda config: Mlp(config).to(torch.bfloat16))
+    assert half == "parameter 0.weight is bfloat16, where lanes train float32 or float64"
+
+
+def test_compiled_models_are_trained_alone() -> None:
+    def compiled(config: Config) -> nn.Module:
+        model = Mlp(config)
+        model[2].add_module("_orig_mod", nn.Identity())  # as torch.compile leaves it; importing that takes seconds
+        return model
+
+    assert reason_of(compiled) == "module 2 is compiled"
+
+
+def test_an_optimizer_without_a_fused_rule_is_trained_alone() -> None:
+    def optimizer(self: Task, params: Any, config: Config) -> torch.optim.Optimizer:
+        return torch.optim.Adagrad(params)
+
+    assert reason_of(Mlp, optimizer=optimizer).startswith("the optimizer is a Adagrad (those that can be fused: Adam,")
+
+
+def test_a_task_that_raises_is_trained_alone_where_it_says_so_itself() -> None:
+    def odd(self: Odd, x: Tensor) -> Tensor:
+        raise ValueError("a bad day")
+
+    assert reason_of(type("Raises", (Odd,), {"odd": odd})) == "a plain step of it raised ValueError: a bad day"
+
+
+def test_sparse_gradients_are_trained_alone() -> None:
+    class Sparse(Recurrent):
+        def __init__(self, config: Config) -> None:
+            super().__init__(nn.GRU)
+            self.embed = nn.Embedding(20, 8, sparse=True)
+
+    def optimizer(self: Task, params: Any, config: Config) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=0.1)
+
+    assert reason_of(Sparse, networks.sequences, optimizer=optimizer) == "gradients are sparse"
+
+
+class Wide(nn.Sequential):
+    def __init__(self, config: Config) -> None:
+        self_width = config.get("width", 8)
+        super().__init__(nn.Linear(12, self_width), nn.ReLU(), nn.Linear(self_width, 4))
+
+
+@pytest.mark.parametrize(
+    ("network", "one", "other", "reason"),
+    [
+        (Wide, {}, {"width": 16}, "parameter 0.weight is (8, 12) and (16, 12)"),
+        (Mlp, {}, {"batch_size": 10}, "batch_size is 25 and 10"),
+        (Mlp, {}, {"optimizer": "sgd"}, "the optimizer is AdamW and SGD"),
+        (
+            lambda c: nn.Sequential(nn.Linear(12, 4), nn.ELU(c.get("alpha", 1.0))),
+            {},
+            {"alpha": 0.5},
+            "`alpha` of module 1 differs",
+        ),
+        (
+            lambda c: nn.Sequential(nn.Linear(12, 4), nn.ReLU() if c.get("relu") else nn.Tanh()),
+            {},
+            {"relu": True},
+            "module 1 is a Tanh and a ReLU",
+        ),
+        (
+            lambda c: nn.Sequential(*(nn.Linear(12 if i == 0 else 4, 4) for i in range(c.get("depth", 1)))),
+            {},
+            {"depth": 2},
+            "their models have other modules (1)",
+        ),
+    ],
+    ids=["width", "batch_size", "optimizer", "attribute", "module", "depth"],
+)
+def test_what_differs_between_two_trainings_is_named(network: Any, one: Config, other: Config, reason: str) -> None:
+    first, second = pair(task(network), one, other)
+    assert can_fuse(first, second) == reason
+    assert can_fuse(first, first) == can_fuse(second, second) == ""
+
+
+def test_what_reaches_a_step_as_a_number_may_differ() -> None:
+    class Keeps(nn.Module):
+        def __init__(self, config: Config) -> None:
+            super().__init__()
+            self.config, self.act = config, functools.partial(F.leaky_relu, negative_slope=0.1)
+            self.twice = lambda x: x * config.get("factor", 2)
+            self.hidden, self.dropout = nn.Linear(12, 4), nn.Dropout(config.get("dropout", 0.1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.dropout(self.act(self.twice(self.hidden(x))))
+
+    one: Config = {"lr": 1e-3, "weight_decay": 0.1}
+    other: Config = {"lr": 1e-2, "label_smoothing": 0.1, "grad_clip_norm": 1.0, "warmup_epochs": 2}
+    assert can_fuse(*pair(task(Keeps), one, other)) == ""
+    assert can_fuse(*pair(task(Keeps), one, {"factor": 3})) == "`config` of the model differs"
+
+
+def test_an_optimizer_that_has_stepped_its_parameters_unequally_is_refused() -> None:
+    first, second = pair(task(Mlp))
+    second.train_epoch()
+    assert can_fuse(first, second) == ""
+    second.optimizer.state[second.model[0].weight]["step"] += 1  # type: ignore[index]
+    assert can_fuse(first, second) == "the optimizer has not stepped all of its parameters equally often"
+
+
+@pytest.mark.parametrize("network", [networks.Cnn, networks.Transformer, networks.Lstm])
+def test_trainings_and_random_state_are_left_as_found(network: Any) -> None:
+    rows = networks.images if network is networks.Cnn else networks.sequences
+    lanes = trainings(task(lambda _: network(), rows), [{"lr": 1e-3}, {"lr": 3e-3, "grad_clip_norm": 0.1}])
+    lanes[1].train_epoch()
+    lanes[0].model.eval()
+    before, states = [pack(lane.checkpoint()) for lane in lanes], random_states()
+    modes = [[module.training for module in lane.model.modules()] for lane in lanes]
+    grads = [[param.grad for param in lane.model.parameters()] for lane in lanes]
+    route, reason = find_route(lanes)
+    assert route is not None, reason
+    assert [pack(lane.checkpoint()) for lane in lanes] == before
+    assert random_states() == states
+    assert [[module.training for module in lane.model.modules()] for lane in lanes] == modes
+    assert all(
+        mine is other
+        for lane, given in zip(lanes, grads, strict=True)
+        for mine, other in zip([param.grad for param in lane.model.parameters()], given, strict=True)
+    )
+    assert [lane.epoch for lane in lanes] == [0, 1]
