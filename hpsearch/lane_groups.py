@@ -1,4 +1,4 @@
-"""Which trials may be trained by one program, a lane each.
+"""Which trials may be trained, or asked, by one program, a lane each.
 
 A lane has its own weights, seed, epoch, data order and numbers that only scale what a step does. What changes the
 shapes of tensors or the graph of operations must agree: such trials are of one *group*. A config alone cannot tell all
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 
-from hpsearch.job import Config, Job, RampJob, TrainJob
+from hpsearch.job import Config, EvaluateJob, Job, RampJob, TrainJob
 
 LANE_KEYS = frozenset({"lr", "weight_decay", "momentum", "grad_clip_norm", "label_smoothing", "warmup_epochs"})
 """Keys of the default loop that may differ from lane to lane, whatever their values."""
@@ -29,10 +29,14 @@ def group_key(config: Config) -> str:
 
 
 def may_share(first: Job, other: Job) -> bool:
-    """Whether two jobs may run in one program: trials in training, or ramps, of one group."""
+    """Whether two jobs may run in one program: trials in training, ramps, or single models asked, of one group."""
     if isinstance(first, TrainJob) and isinstance(other, TrainJob):
         return group_key(first.config) == group_key(other.config)
     if isinstance(first, RampJob) and isinstance(other, RampJob):
         alike = (first.lr_min, first.lr_max, first.steps) == (other.lr_min, other.lr_max, other.steps)
         return alike and group_key(first.config) == group_key(other.config)
+    if isinstance(first, EvaluateJob) and isinstance(other, EvaluateJob):
+        if first.split != other.split or len(first.members) != 1 or len(other.members) != 1:
+            return False
+        return group_key(first.members[0].config) == group_key(other.members[0].config)
     return False

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from hpsearch.events import Compared, Event, Finished, Selected
 from hpsearch.intervals import Interval, better, mean_interval, paired_interval, sign_flip_chance, wilson_interval
 from hpsearch.job import EvaluateJob, ExportJob, Job, Member, RebuildJob, SplitName, evaluation_key, rebuild_key
+from hpsearch.lane_groups import may_share
 from hpsearch.selection import select_greedy
 from hpsearch.stages import may_reorder
 from hpsearch.state import StudyState
@@ -64,14 +65,16 @@ class EnsembleStage:
         """No evaluation lives in a worker's memory."""
 
     def next_job(self, worker: str) -> Job | None:
-        jobs = [job for job in self._jobs() if self._free(job.key)]
+        jobs = self._free_jobs()
         missing = {member.trial: None for job in jobs for member in job.members if self._is_missing(member.trial)}
         rebuilds = (self._rebuild(self._state.trials[trial]) for trial in missing)
         rebuild = next((job for job in rebuilds if self._free(job.key)), None)
         if rebuild is not None:
             return rebuild
-        ready = (job for job in jobs if not any(member.trial in missing for member in job.members))
-        return next(ready, None)
+        return next((job for job in jobs if self._ready(job)), None)
+
+    def next_beside(self, worker: str, job: Job) -> Job | None:
+        return next((other for other in self._free_jobs() if may_share(job, other) and self._ready(other)), None)
 
     def conclude(self) -> list[Event]:
         if self._selected() is None:
@@ -153,6 +156,13 @@ class EnsembleStage:
             epoch=trial.best_epoch,
             checkpoint=trial.best_ref,
         )
+
+    def _free_jobs(self) -> list[EvaluateJob | ExportJob]:
+        """Those that nobody has or has done, in the order in which they are given out."""
+        return [job for job in self._jobs() if self._free(job.key)]
+
+    def _ready(self, job: EvaluateJob | ExportJob) -> bool:
+        return not any(self._is_missing(member.trial) for member in job.members)
 
     def _is_missing(self, trial: int) -> bool:
         return self._state.trials[trial].best_checkpoint is None

@@ -54,6 +54,7 @@ from hpsearch.training.folds import Folds
 from hpsearch.training.group import Group, InStep
 from hpsearch.training.lane_host import Lanes
 from hpsearch.training.lane_jobs import Interrupted
+from hpsearch.training.lanes import Predictor
 from hpsearch.training.loop import (
     DefaultTraining,
     Training,
@@ -201,9 +202,7 @@ class TorchExecutor:
                 beside = [job, *(other for other in waiting if may_share(job, other))]
                 waiting = deque(other for other in waiting if other not in beside)
                 host = _Plain(self, fetch, progress)
-                ramps = [other for other in beside if isinstance(other, RampJob)]
-                trials = [other for other in beside if isinstance(other, TrainJob)]
-                yield from self._lanes.ramps(ramps, host, more) if ramps else self._lanes.run(trials, host, more)
+                yield from self._lanes.run(beside, host, more)
         except Interrupted:
             return
 
@@ -632,6 +631,7 @@ class TorchExecutor:
     def _signs_of_life(self, jobs: Sequence[Job], progress: Progress, epoch: int = 0) -> Iterator[None]:
         """While inside, every job tells between its batches that it is alive, once a second."""
         data = self._data
+        outer = data.on_batch
         due = time.perf_counter() + ALIVE_S
 
         def tell() -> None:
@@ -641,8 +641,10 @@ class TorchExecutor:
                 due = now + ALIVE_S
                 for job in jobs:
                     progress(job.key, epoch)
+            if outer is not None:  # of jobs that wait for these
+                outer()
 
-        outer, data.on_batch = data.on_batch, tell
+        data.on_batch = tell
         try:
             yield
         finally:
@@ -694,6 +696,21 @@ class _Plain:
 
         with self._executor._borrowed_process():
             return self._executor._outcome(job, begun)
+
+    def begin_predictor(self, job: EvaluateJob) -> Predictor | Result:
+        executor = self._executor
+
+        def begun() -> Predictor:
+            model = executor._member(job.members[0], self._fetch)
+            return Predictor(model=model, task=executor._task, data=executor._data, device=executor._device)
+
+        return executor._outcome(job, begun)
+
+    def measured(self, job: EvaluateJob, output: Tensor, target: Tensor) -> Result:
+        given, keep = [(output, target)], job.keep_predictions
+        return self._executor._outcome(
+            job, lambda: self._executor._measured(job.key, given, [1.0], job.split, keep=keep)
+        )
 
     def alone(self, job: Job) -> Result:
         return self._executor._run(job, self._fetch, self._progress)

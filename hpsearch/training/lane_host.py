@@ -1,4 +1,4 @@
-"""How an executor's training jobs come into lanes: how many, by which route, and what of a trial is kept at hand.
+"""How an executor's jobs come into lanes: how many, by which route, and what of a trial is kept at hand.
 
 Measured once for each group of trials and kept: how many lanes pay, and how they are fused. A group that cannot be
 fused, or is not faster so, is trained by the plain loop from then on, and says why once. Measuring costs part of a
@@ -17,9 +17,11 @@ from typing import Protocol
 import torch
 
 from hpsearch.errors import UserCodeError
-from hpsearch.job import EpochMetrics, Job, RampJob, Result, TrainJob
+from hpsearch.job import EpochMetrics, EvaluateJob, Job, RampJob, Result, TrainJob
 from hpsearch.lane_groups import group_key
 from hpsearch.lr_curve import ramp_lrs
+from hpsearch.training import lane_evaluations
+from hpsearch.training.lane_evaluations import EvaluationLanes
 from hpsearch.training.lane_jobs import LaneJobs, Program
 from hpsearch.training.lanes import LaneGroup, LanesRefused, Route, best_width, can_fuse, find_route, fused_ramps
 from hpsearch.training.loop import DefaultTraining
@@ -31,7 +33,7 @@ KEPT_SHARE = 0.25  # of a GPU's memory, for paused trials
 KEPT_BYTES_CPU = 256 << 20
 
 
-class Plain(Protocol):
+class Plain(lane_evaluations.Plain, Protocol):
     """The executor: what lanes need of it."""
 
     def begin(self, job: TrainJob) -> DefaultTraining | Result:
@@ -40,19 +42,11 @@ class Plain(Protocol):
     def begin_ramp(self, job: RampJob) -> DefaultTraining | Result:
         """The network that is ramped, and what trains it; or the job's result where it cannot begin."""
 
-    def alone(self, job: Job) -> Result:
-        """The job's result by the plain loop, from the job's beginning."""
-
     def objective(self, row: EpochMetrics) -> float: ...
     def told(self, job: TrainJob, epoch: int) -> None: ...
-    def at_work(self, jobs: Sequence[Job]) -> AbstractContextManager[None]:
-        """The process as results depend on it; and every job tells between batches that it is alive."""
-
     def stopped(self) -> bool: ...
     def remember(self, result: Result) -> None:
         """Keep the result's checkpoints, as bytes."""
-
-    def free_memory(self) -> None: ...
 
 
 @dataclass(kw_only=True)
@@ -76,6 +70,7 @@ class Lanes:
         self._most = most
         self._device = device
         self._plans: dict[str, _Plan] = {}
+        self._evaluations = EvaluationLanes(most, device)
         self._spent_s: defaultdict[str, float] = defaultdict(float)  # by group, of the plain loop
         self._paused: OrderedDict[int, DefaultTraining] = OrderedDict()  # trials with their state on the device
         self._paused_bytes = 0
@@ -86,6 +81,8 @@ class Lanes:
             return False
         if isinstance(job, RampJob):  # too few steps to measure what pays
             return self._most is not None or self._device.type == "cuda"
+        if isinstance(job, EvaluateJob):
+            return self._evaluations.may_take(job)
         if not isinstance(job, TrainJob):
             return False
         group = group_key(job.config)
@@ -99,7 +96,22 @@ class Lanes:
         if self._most is None and isinstance(job, TrainJob):
             self._spent_s[group_key(job.config)] += seconds
 
-    def run(
+    def run(self, jobs: Sequence[Job], plain: Plain, more: Callable[[Job, int], Sequence[Job]]) -> Iterator[Result]:
+        """One result for each of these jobs that may share a program, and for each that is asked for meanwhile.
+
+        Raises:
+            Interrupted: the worker was asked to stop.
+        """
+        match jobs[0]:
+            case EvaluateJob():
+                evaluations = [job for job in jobs if isinstance(job, EvaluateJob)]
+                yield from self._evaluations.run(evaluations, plain, more)
+            case RampJob():
+                yield from self._ramps([job for job in jobs if isinstance(job, RampJob)], plain, more)
+            case _:
+                yield from self._trials([job for job in jobs if isinstance(job, TrainJob)], plain, more)
+
+    def _trials(
         self, jobs: Sequence[TrainJob], plain: Plain, more: Callable[[Job, int], Sequence[Job]]
     ) -> Iterator[Result]:
         """One result for each of these jobs of one group, and for each that is asked for meanwhile.
@@ -125,7 +137,7 @@ class Lanes:
         else:
             yield from (host.alone(job) for job in jobs)
 
-    def ramps(
+    def _ramps(
         self, jobs: Sequence[RampJob], plain: Plain, more: Callable[[Job, int], Sequence[Job]]
     ) -> Iterator[Result]:
         """One result for each of these ramps of one group, and for each that is asked for."""

@@ -2,12 +2,14 @@
 
 Each lane is a `DefaultTraining`, made by the unfused code. Whether some trainings can share a program is asked in two
 steps: `can_fuse` compares their structure, `find_route` a trial step of all of them with the unfused one. A `LaneGroup`
-then trains them, an epoch at a time; `best_width` measures how many at once pay.
+then trains them, an epoch at a time; `best_width` measures how many at once pay. Models that are only asked have no
+training: `fused_outputs` compares what it gives with what each gives alone.
 """
 
 from hpsearch.training.lanes.forward import Route
 from hpsearch.training.lanes.lane_group import LaneGroup
-from hpsearch.training.lanes.likeness import can_fuse
+from hpsearch.training.lanes.likeness import can_ask_together, can_fuse
+from hpsearch.training.lanes.predictions import Predictor, fused_outputs
 from hpsearch.training.lanes.ramps import fused_ramps
 from hpsearch.training.lanes.refusal import LanesRefused
 from hpsearch.training.lanes.trial_step import find_route
@@ -17,11 +19,14 @@ __all__ = [
     "LaneGroup",
     "LanesRefused",
     "Measurement",
+    "Predictor",
     "Route",
     "Width",
     "best_width",
+    "can_ask_together",
     "can_fuse",
     "choose_width",
     "find_route",
+    "fused_outputs",
     "fused_ramps",
 ]

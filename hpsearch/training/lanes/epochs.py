@@ -64,9 +64,16 @@ def refusing() -> Iterator[None]:
 
 
 @contextmanager
-def fused(lanes: Sequence[DefaultTraining]) -> Iterator[None]:
-    """Global random state of a fused epoch, and torch's word that an operation is run lane by lane left unsaid."""
-    first = lanes[0]
-    with seeded(epoch_seed(first.seed, first.epoch + 1, "lanes"), first.device), warnings.catch_warnings():
+def unsaid() -> Iterator[None]:
+    """Leaves torch's word unsaid that an operation is run lane by lane."""
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+        yield
+
+
+@contextmanager
+def fused(lanes: Sequence[DefaultTraining]) -> Iterator[None]:
+    """Global random state of a fused epoch; torch's word that an operation is run lane by lane stays `unsaid`."""
+    first = lanes[0]
+    with seeded(epoch_seed(first.seed, first.epoch + 1, "lanes"), first.device), unsaid():
         yield

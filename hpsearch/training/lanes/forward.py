@@ -10,16 +10,17 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from hpsearch.task import Task
+from hpsearch.training.data import StudyData
 from hpsearch.training.lanes.batching import Randomness, over_lanes, shorten
 from hpsearch.training.lanes.dropout import Drawn, give_masks, recorded
 from hpsearch.training.lanes.losses import loss_of_lane, loss_of_lanes
-from hpsearch.training.lanes.stack import Stack
-from hpsearch.training.loop import DefaultTraining
+from hpsearch.training.lanes.stack import Stack, Weights
 from hpsearch.training.user_code import user_code
 
 Outputs = Literal["vmap", "vjp", "alone"]
@@ -39,21 +40,32 @@ class Route:
     """Parameters that no gradient reaches, which torch's optimizers leave as they are."""
 
 
+class Network(Protocol):
+    """What is read of a lane: it is a trial in training, or a model that is only asked."""
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def task(self) -> Task: ...
+    @property
+    def data(self) -> StudyData: ...
+
+
 class Forward:
     """Runs one model over the lanes of a stack."""
 
     def __init__(
-        self, training: DefaultTraining, stack: Stack, route: Route, *, randomness: Randomness = "different"
+        self, network: Network, stack: Stack | Weights, route: Route, *, randomness: Randomness = "different"
     ) -> None:
         """
         Args:
-            training: one of the stack's; its model is copied.
+            network: one of the stack's; its model is copied.
             randomness: of what draws under `vmap`.
         """
         self._stack = stack
         self._route = route
         self._randomness = randomness
-        self.model = copy.deepcopy(training.model)
+        self.model = copy.deepcopy(network.model)
         self.dropouts = give_masks(self.model)
         shorten(self.model)
         self.model.train()
@@ -64,8 +76,9 @@ class Forward:
         self._first_buffer = len(trained) + len(stack.constants)
         self._names = [*trained, *stack.constants, *stack.buffers]
         self._changed: list[int] = []  # buffers that forward() put something else in the place of
-        self._task, self._outputs = training.task, training.data.info.outputs
+        self._task, self._outputs = network.task, network.data.info.outputs
         self._n_trained = len(trained)
+        self._n_led = self._n_trained or self._first_buffer  # tensors of which `vjp` may be asked; none ever is
         self._plans: dict[tuple[int, ...], tuple[Drawn, ...]] = {}
         self._smoothing = torch.zeros(0)
         self.set_smoothing([0.0] * stack.n_lanes, smoothed=False)
@@ -179,7 +192,7 @@ class Forward:
         return output
 
     def _output_of_vjp(self, tensors: list[Tensor], inputs: Tensor) -> Tensor:
-        trained, others = tensors[: self._n_trained], tensors[self._n_trained :]
+        trained, others = tensors[: self._n_led], tensors[self._n_led :]
         output: Tensor = torch.func.vjp(lambda given: self._output([*given, *others], inputs), trained)[0]
         return output
 

@@ -6,26 +6,25 @@ same number of steps for both. Between two epochs lanes may leave and others joi
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from hpsearch.errors import TrialDiverged
 from hpsearch.job import EpochMetrics
 from hpsearch.training.checkpoint import Checkpoint
-from hpsearch.training.data import EVAL_BATCH_BYTES, EVAL_BATCH_ROWS, batch_bounds
+from hpsearch.training.data import batch_bounds
 from hpsearch.training.lanes.epochs import epoch_masks, epoch_rates, fused, mean_losses, refusing
 from hpsearch.training.lanes.feed import lane_batches
 from hpsearch.training.lanes.forward import Forward, Route
 from hpsearch.training.lanes.likeness import can_fuse
+from hpsearch.training.lanes.predictions import split_outputs
 from hpsearch.training.lanes.refusal import LanesRefused
 from hpsearch.training.lanes.stack import Stack
 from hpsearch.training.lanes.step import Step
 from hpsearch.training.loop import DefaultTraining, require_finite
-from hpsearch.training.measure import DEVICE_OUTPUT_BYTES, output_metrics
+from hpsearch.training.measure import output_metrics
 
 
 class LaneGroup:
@@ -96,7 +95,7 @@ class LaneGroup:
         try:
             with refusing(), fused(lanes):
                 losses = self._train(lanes)
-                outputs, target = self._outputs(lanes)
+                outputs, target = split_outputs(self._forward, lanes[0].data, "val", len(lanes))
                 results = {
                     lane.trial: self._result(lane, losses[place], outputs[place], target)
                     for place, lane in enumerate(lanes)
@@ -183,26 +182,6 @@ class LaneGroup:
             drawn = masks.draw(plan, sizes[t:].count(sizes[t])) if plan else []
             losses.append(self._step(t, inputs, target, drawn, plan))
         return mean_losses(losses, sizes)
-
-    def _outputs(self, lanes: Sequence[DefaultTraining]) -> tuple[Tensor, Tensor]:
-        """All lanes' outputs for val, (L, N, …), at least float32, and the targets."""
-        data = lanes[0].data
-        n_rows, n_lanes = data.n_rows("val"), len(lanes)
-        low, high = EVAL_BATCH_ROWS
-        row_bytes = math.prod(data.info.input_shape) * getattr(torch, data.info.input_dtype).itemsize
-        size = min(high, max(low, EVAL_BATCH_BYTES // (row_bytes * n_lanes)))
-        outputs: list[Tensor] = []
-        targets: list[Tensor] = []
-        to_host = False
-        with self._forward.evaluating():
-            for inputs, target in data.batches("val", batch_size=size):
-                output = self._forward.outputs(inputs)
-                if not outputs:
-                    to_host = output.nbytes * n_rows > DEVICE_OUTPUT_BYTES * len(target)
-                outputs.append(output.cpu() if to_host else output)
-                targets.append(target.cpu() if to_host else target)
-        output, target = torch.cat(outputs, dim=1), torch.cat(targets)
-        return (output.float() if output.dtype in (torch.float16, torch.bfloat16) else output), target
 
     def _result(
         self, lane: DefaultTraining, train_loss: float, output: Tensor, target: Tensor

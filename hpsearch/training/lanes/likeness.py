@@ -42,29 +42,23 @@ def can_fuse(first: DefaultTraining, other: DefaultTraining) -> str:
     return _unfit(first) or (_unfit(other) or _difference(first, other) if other is not first else "")
 
 
+def can_ask_together(first: nn.Module, other: nn.Module, device: torch.device) -> str:
+    """Why two networks on a device cannot be asked by one program; "" when their structure lets them.
+
+    Whether what it answers is right, only their own answers tell: see `fused_outputs`.
+    """
+    unfit = _unfit_model(first, device)
+    return unfit or (_unfit_model(other, device) or _models_differ(first, other) if other is not first else "")
+
+
 def _unfit(training: DefaultTraining) -> str:
     """What of one training alone stands against lanes."""
-    model, optimizer = training.model, training.optimizer
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
-            return f"{_at(name)} is compiled"
-        if any(getattr(module, hooks, None) for hooks in _HOOKS):
-            return f"{_at(name)} has hooks"
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None:
-            return f"{_at(name)} has momentum=None, so that it counts its batches on the host"
-    params = dict(model.named_parameters())
-    for name, param in params.items():
-        if param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None):
-            return f"parameter {name} has hooks"
-        if param.requires_grad and param.dtype not in _DTYPES:
-            return (
-                f"parameter {name} is {str(param.dtype).removeprefix('torch.')}, where lanes train float32 or float64"
-            )
-        if param.device.type != training.device.type:
-            return f"parameter {name} is on {param.device}, the data on {training.device}"
+    if reason := _unfit_model(training.model, training.device):
+        return reason
+    optimizer = training.optimizer
     if any(getattr(optimizer, hooks, None) for hooks in _OPTIMIZER_HOOKS):
         return "the optimizer has hooks"
-    known = {id(param) for param in params.values()}
+    known = {id(param) for param in training.model.parameters()}
     try:
         for group in optimizer.param_groups:
             rule_of(optimizer, group)
@@ -73,6 +67,27 @@ def _unfit(training: DefaultTraining) -> str:
         require_readable(training)
     except LanesRefused as refusal:
         return refusal.reason
+    return ""
+
+
+def _unfit_model(model: nn.Module, device: torch.device) -> str:
+    """What of one model alone stands against lanes."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
+            return f"{_at(name)} is compiled"
+        if any(getattr(module, hooks, None) for hooks in _HOOKS):
+            return f"{_at(name)} has hooks"
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None:
+            return f"{_at(name)} has momentum=None, so that it counts its batches on the host"
+    for name, param in model.named_parameters():
+        if param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None):
+            return f"parameter {name} has hooks"
+        if param.requires_grad and param.dtype not in _DTYPES:
+            return (
+                f"parameter {name} is {str(param.dtype).removeprefix('torch.')}, where lanes train float32 or float64"
+            )
+        if param.device.type != device.type:
+            return f"parameter {name} is on {param.device}, the data on {device}"
     return ""
 
 

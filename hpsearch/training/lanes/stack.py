@@ -86,6 +86,21 @@ class Block:
         return [self.weights, *self.held.values()]
 
 
+class Weights:
+    """The weights and buffers of several networks that are asked, not trained: a copy, one network after the other."""
+
+    def __init__(self, models: Sequence[nn.Module], device: torch.device) -> None:
+        """
+        Args:
+            models: alike, as `can_ask_together` has it.
+        """
+        self.device = device
+        self.n_lanes = len(models)
+        self.blocks: list[Block] = []  # nothing is trained
+        self.constants = _all_stacked([dict(model.named_parameters()) for model in models])
+        self.buffers = _all_stacked([dict(model.named_buffers()) for model in models])
+
+
 class Stack:
     """The state of all lanes."""
 
@@ -253,6 +268,12 @@ class Stack:
 
     def _tensors(self) -> list[Tensor]:
         return [*(tensor for block in self.blocks for tensor in block.tensors()), *self.buffers.values()]
+
+
+@torch.no_grad()
+def _all_stacked(named: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Each name's tensors of all lanes, (L, …)."""
+    return {name: torch.stack([tensors[name].detach() for tensors in named]) for name in named[0]}
 
 
 def read_progress(rule: Rule, states: Sequence[Mapping[str, Any]]) -> Progress:

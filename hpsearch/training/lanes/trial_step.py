@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import random
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,10 +23,11 @@ from torch import Tensor, nn
 
 from hpsearch.training.data import epoch_seed
 from hpsearch.training.lanes.dropout import Drawn, LaneDropout, Masks, give_masks, rates_of, recorded
-from hpsearch.training.lanes.forward import Forward, Outputs, Route
+from hpsearch.training.lanes.epochs import unsaid
+from hpsearch.training.lanes.forward import Forward, Network, Outputs, Route
 from hpsearch.training.lanes.likeness import can_fuse, changed_attribute, remembered
 from hpsearch.training.lanes.refusal import LanesRefused
-from hpsearch.training.lanes.stack import Stack
+from hpsearch.training.lanes.stack import Stack, Weights
 from hpsearch.training.lanes.step import clip_lanes
 from hpsearch.training.loop import DefaultTraining, checked_loss, training_loss
 from hpsearch.training.seeding import borrowed_rng, seed_all
@@ -54,8 +54,7 @@ def find_route(trainings: Sequence[DefaultTraining]) -> tuple[Route | None, str]
         if reason := can_fuse(first, training):
             return None, reason
     lanes = list(trainings) if len(trainings) > 1 else [first, first]
-    with borrowed_rng(first.device), _exact_kernels(first.device), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+    with borrowed_rng(first.device), exact_kernels(first.device), unsaid():
         try:
             plain = _plain_steps(lanes)
         except LanesRefused as refusal:
@@ -216,7 +215,7 @@ def _tried(trainings: Sequence[DefaultTraining], plain: Sequence[_PlainStep], ro
     inputs, target = torch.stack([step.inputs for step in plain]), torch.stack([step.target for step in plain])
     masks = [torch.stack(list(lanes)) for lanes in zip(*(step.masks for step in plain), strict=True)]
     plan = plain[0].plan
-    outputs = _outputs_route(trainings, stack, plain, route)
+    outputs = outputs_route(first, stack, plain[0].eval_inputs, [step.eval_output for step in plain])
     stack.keep()
     seed_all(epoch_seed(first.seed, first.epoch + 1, "trial-step"), first.device)
     losses, grads = same.losses_and_gradients(inputs, target, masks, plan)
@@ -238,17 +237,22 @@ def _tried(trainings: Sequence[DefaultTraining], plain: Sequence[_PlainStep], ro
     return replace(route, outputs=outputs)
 
 
-def _outputs_route(
-    trainings: Sequence[DefaultTraining], stack: Stack, plain: Sequence[_PlainStep], route: Route
-) -> Outputs:
+def outputs_route(first: Network, stack: Stack | Weights, inputs: Tensor, wanted: Sequence[Tensor]) -> Outputs:
+    """The cheapest way by which the outputs of all lanes are what each gives alone.
+
+    Args:
+        first: one of the stack's.
+        inputs: the same for all.
+        wanted: each lane's own output for them, in evaluation.
+    """
     ways: tuple[Outputs, ...] = ("vmap", "vjp")
     for outputs in ways:
-        forward = Forward(trainings[0], stack, replace(route, outputs=outputs), randomness="same")
+        forward = Forward(first, stack, Route(gradients="each", outputs=outputs), randomness="same")
         try:
             with forward.evaluating():
-                found = forward.outputs(plain[0].eval_inputs)
-            for lane, step in enumerate(plain):
-                _require_close("its output", found[lane], step.eval_output, lane)
+                found = forward.outputs(inputs)
+            for lane, output in enumerate(wanted):
+                _require_close("its output", found[lane], output, lane)
         except LanesRefused:
             continue
         except Exception as error:
@@ -339,7 +343,7 @@ def _in_plain_words(error: Exception) -> str:
 
 
 @contextmanager
-def _exact_kernels(device: torch.device) -> Iterator[None]:
+def exact_kernels(device: torch.device) -> Iterator[None]:
     """On a GPU, float32 without TF32, whose rounding differs from kernel to kernel by as much as is looked for."""
     if device.type != "cuda":
         yield
