@@ -631,7 +631,6 @@ class TorchExecutor:
     def _signs_of_life(self, jobs: Sequence[Job], progress: Progress, epoch: int = 0) -> Iterator[None]:
         """While inside, every job tells between its batches that it is alive, once a second."""
         data = self._data
-        outer = data.on_batch
         due = time.perf_counter() + ALIVE_S
 
         def tell() -> None:
@@ -641,10 +640,8 @@ class TorchExecutor:
                 due = now + ALIVE_S
                 for job in jobs:
                     progress(job.key, epoch)
-            if outer is not None:  # of jobs that wait for these
-                outer()
 
-        data.on_batch = tell
+        outer, data.on_batch = data.on_batch, tell
         try:
             yield
         finally:
@@ -712,8 +709,13 @@ class _Plain:
             job, lambda: self._executor._measured(job.key, given, [1.0], job.split, keep=keep)
         )
 
-    def alone(self, job: Job) -> Result:
-        return self._executor._run(job, self._fetch, self._progress)
+    def alone(self, job: Job, waiting: Sequence[Job] = ()) -> Result:
+        def progress(key: str, epoch: int) -> None:
+            self._progress(key, epoch)
+            for other in waiting:
+                self._progress(other.key, 0)
+
+        return self._executor._run(job, self._fetch, progress)
 
     def objective(self, row: EpochMetrics) -> float:
         return self._executor._objective(row)

@@ -38,8 +38,8 @@ class Plain(Protocol):
     def measured(self, job: EvaluateJob, output: Tensor, target: Tensor) -> Result:
         """The job's result, once its model's output is there."""
 
-    def alone(self, job: Job) -> Result:
-        """The job's result without lanes."""
+    def alone(self, job: Job, waiting: Sequence[Job] = ()) -> Result:
+        """The job's result without lanes, from its beginning; those that wait for it give signs of life with it."""
 
     def at_work(self, jobs: Sequence[Job]) -> AbstractContextManager[None]:
         """The process as results depend on it; and every job tells between batches that it is alive."""
@@ -75,9 +75,7 @@ class EvaluationLanes:
             yield from results
             while alone:
                 job = alone.pop(0)
-                with plain.at_work([*alone, *waiting]):
-                    result = plain.alone(job)
-                yield result
+                yield plain.alone(job, [*alone, *waiting])
 
     def _together(self, waiting: deque[EvaluateJob], plain: Plain) -> tuple[list[Result], list[EvaluateJob]]:
         """Results of some of the waiting jobs, which are taken away, and those of them that are to be done alone."""
@@ -118,22 +116,28 @@ class EvaluationLanes:
             UserCodeError: the user's code raised.
         """
         begun: _Begun = []
-        n_bytes = 0
+        n_bytes, unlike = 0, ""
         while waiting and len(begun) < self._most and n_bytes * (1 + 1 / max(1, len(begun))) <= MOST_WEIGHT_BYTES:
             taken.append(waiting.popleft())
             predictor = plain.begin_predictor(taken[-1])
             if isinstance(predictor, Result):
                 found[predictor.key] = predictor
+                if predictor.outcome == "out_of_memory":
+                    raise LanesRefused("its models do not fit into memory together")
                 continue
             _tell(predictor)
             first = begun[0][1] if begun else predictor
             reason = can_ask_together(first.model, predictor.model, predictor.device)
             if reason and not begun:
                 raise LanesRefused(reason)
-            if not reason:
+            if reason:
+                unlike = reason
+            else:
                 begun.append((taken[-1], predictor))
                 n_bytes += _n_bytes(predictor)
         if len(begun) < 2:
+            if unlike:
+                raise LanesRefused(unlike)
             if n_bytes > MOST_WEIGHT_BYTES // 2:
                 raise LanesRefused(f"its weights are {n_bytes >> 20} MiB, too many to be held for several lanes")
             return
