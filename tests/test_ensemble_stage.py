@@ -15,6 +15,7 @@ from hpsearch.errors import NoUsableTrial
 from hpsearch.events import (
     Compared,
     DataSeen,
+    Dropped,
     Event,
     Finished,
     Leased,
@@ -27,7 +28,7 @@ from hpsearch.events import (
 )
 from hpsearch.fleets import Launch
 from hpsearch.fleets.local import LocalFleet
-from hpsearch.job import EvaluateJob, ExportJob, Job, Outcome, Result, TrainJob
+from hpsearch.job import Config, EvaluateJob, ExportJob, Job, Outcome, RebuildJob, Result, TrainJob
 from hpsearch.journal import read_journal
 from hpsearch.spec import Spec, parse_spec
 from hpsearch.stages.ensemble import EnsembleSettings, EnsembleStage
@@ -53,6 +54,7 @@ class Bench:
     size: int = 2
     combine: bool = True
     test: bool = True
+    configs: Mapping[int, Config] = field(default_factory=dict)
     state: StudyState = field(default_factory=StudyState)
     blobs: dict[str, bytes] = field(default_factory=dict)
     read: list[str] = field(default_factory=list)
@@ -84,7 +86,7 @@ class Bench:
         ref = f"checkpoints/{trial}-{epoch}"
         values = {} if trial in self.unusable else {"checkpoint": ref, "best_checkpoint": ref}
         if trial not in self.state.trials:
-            self.tell(TrialDrawn(trial=trial, config={"lr": 0.1}, seed=trial))
+            self.tell(TrialDrawn(trial=trial, config=self.configs.get(trial, {"lr": 0.1}), seed=trial))
         self.tell(
             Leased(key=key, worker="w", trial=trial, from_epoch=epoch - 1, to_epoch=epoch),
             Finished(
@@ -327,6 +329,61 @@ def test_lost_job_is_given_out_again() -> None:
 
 
 # A study that grows
+
+
+# Jobs for a program's free lanes
+
+
+def beside(bench: Bench, job: Job) -> Job | None:
+    found = bench.stage.next_beside("w", job)
+    if found is not None:
+        bench.tell(Leased(key=found.key, worker="w", beside=job.key))
+    return found
+
+
+def keys(*jobs: Job | None) -> list[str]:
+    return [job.key for job in jobs if job is not None]
+
+
+def test_free_lanes_get_the_candidates_of_the_group_best_first() -> None:
+    bench = Bench(pool=5, configs={trial: {"lr": 0.1 * (trial + 1), "width": 8 + trial % 2} for trial in range(5)})
+    first = bench.take()
+    assert first is not None
+    found = [beside(bench, first), beside(bench, first)]
+    assert keys(first, *found) == ["evaluate/ensemble/1", "evaluate/ensemble/3"]
+    assert found[1] is None
+    second = bench.take()
+    assert second is not None
+    assert keys(second, beside(bench, second), beside(bench, second)) == [
+        "evaluate/ensemble/2",
+        "evaluate/ensemble/0",
+        "evaluate/ensemble/4",
+    ]
+    assert bench.take() is None
+
+
+def test_candidate_whose_checkpoint_is_missing_waits_for_its_rebuild() -> None:
+    bench = Bench()
+    first = bench.take()
+    assert first is not None
+    bench.tell(Dropped(refs=("checkpoints/2-1",)))
+    assert keys(beside(bench, first), beside(bench, first)) == ["evaluate/ensemble/0"]
+    rebuild = bench.take()
+    assert isinstance(rebuild, RebuildJob)
+    assert bench.take() is None
+
+
+def test_best_and_ensemble_share_no_program_and_what_is_exported_neither() -> None:
+    bench = Bench()
+    bench.conclude()
+    while (job := bench.take()) is not None and bench.state.selected is None:
+        bench.finish(job)
+    assert isinstance(job, ExportJob)
+    assert beside(bench, job) is None
+    best = bench.take()
+    assert isinstance(best, EvaluateJob)
+    assert best.split == "test"
+    assert beside(bench, best) is None
 
 
 def grow(bench: Bench) -> None:
