@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from hpsearch.errors import DamagedBlob
 from hpsearch.job import Config, EvaluateJob, Member, Result, SplitName, evaluation_key
 from hpsearch.task import Splits, Task
-from hpsearch.training.checkpoint import pack, unpack
+from hpsearch.training.checkpoint import load_weights, pack, unpack
 from hpsearch.training.lane_host import Lanes
 from hpsearch.training.lanes import LanesRefused
 from tests.test_lane_host import CONFIGS, Bench, Classes, Unfusable, job
@@ -336,15 +336,15 @@ def test_memory_that_runs_out_with_the_models_is_no_word_on_the_job(
 ) -> None:
     trained = Trained(Classes())
     bench = trained.bench(4)
-    member, begun = bench.executor._member, []
+    begun = []
 
-    def second_fails(*given: Any) -> nn.Module:
-        begun.append(given)
+    def second_fails(model: nn.Module, checkpoint: Any) -> None:
+        begun.append(model)
         if len(begun) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return member(*given)
+        load_weights(model, checkpoint)
 
-    monkeypatch.setattr(bench.executor, "_member", second_fails)
+    monkeypatch.setattr("hpsearch.training.measure_jobs.load_weights", second_fails)
     jobs = [asked(0), asked(1), asked(2)]
     assert_same_bits(bench.run(*jobs), trained.bench(1).run(*jobs))
     assert shared == []

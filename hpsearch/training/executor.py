@@ -10,9 +10,7 @@ What a config or the user's code can cause is an outcome of the job, never an ex
 from __future__ import annotations
 
 import gc
-import hashlib
 import math
-import re
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +20,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
-from safetensors.torch import save as save_tensors
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpsearch.errors import DamagedBlob, JournalError, TrialDiverged, UserCodeError
 from hpsearch.job import (
@@ -37,54 +34,36 @@ from hpsearch.job import (
     ExportJob,
     FoldJob,
     Job,
-    Member,
     ProbeJob,
     RampJob,
     RebuildJob,
     Result,
-    SplitName,
     TrainJob,
 )
 from hpsearch.lane_groups import may_share
-from hpsearch.lr_curve import ramp_lrs
 from hpsearch.task import Task, has_own_fit
-from hpsearch.training.checkpoint import Checkpoint, load_weights, pack, unpack
-from hpsearch.training.data import StudyData, epoch_seed
+from hpsearch.training.checkpoint import Checkpoint, pack, unpack
+from hpsearch.training.data import StudyData
 from hpsearch.training.folds import Folds
 from hpsearch.training.group import Group, InStep
 from hpsearch.training.lane_host import Lanes
 from hpsearch.training.lane_jobs import Interrupted
 from hpsearch.training.lanes import Predictor
-from hpsearch.training.loop import (
-    DefaultTraining,
-    Training,
-    augmentation,
-    build_model,
-    build_optimizer,
-    checked_loss,
-    read_settings,
-    training_loss,
-)
-from hpsearch.training.measure import (
-    mean_prediction,
-    output_metrics,
-    output_of,
-    prediction_of,
-    row_scores,
-    split_output,
-)
+from hpsearch.training.loop import DefaultTraining, Training
+from hpsearch.training.measure import split_output
+from hpsearch.training.measure_jobs import Measuring, metric_names
 from hpsearch.training.memory import MemoryGuard
 from hpsearch.training.outcome import Curve, require_continuable
 from hpsearch.training.own_loop import OwnTraining
-from hpsearch.training.precision import in_float32
-from hpsearch.training.ramp import ramp_losses
-from hpsearch.training.seeding import seed_all, seeded
-from hpsearch.training.user_code import describe, frame_of, is_out_of_memory, user_code
+from hpsearch.training.process import borrowed_process, warm_up
+from hpsearch.training.ramp_jobs import run_ramp
+from hpsearch.training.remembered import Remembered
+from hpsearch.training.user_code import describe, frame_of, is_out_of_memory
 
 REMEMBERED_BYTES = 256 << 20  # of checkpoints made here: asking the driver for them costs a journey
 LIVE_FITS = 4  # generators of a user's `fit` that cannot be paused; each holds a model
-EXPORT_ROWS = 16  # real rows that an exported graph is compared on
 ALIVE_S = 1.0  # between two signs of life within an epoch
+NO_EPOCH = -math.inf  # as the best so far: the weights of no epoch are wanted
 
 Fetch = Callable[[str], bytes]
 Progress = Callable[[str, int], None]
@@ -139,7 +118,7 @@ class TorchExecutor:
         self._shuffle = shuffle
         self._loaded: StudyData | None = None
         self._folds: Folds | None = None
-        self._remembered = _Remembered(REMEMBERED_BYTES)
+        self._remembered = Remembered(REMEMBERED_BYTES)
         self._live: OrderedDict[int, OwnTraining] = OrderedDict()
         self._group: Group | None = None
         self._lanes = Lanes(1 if has_own_fit(task) else lanes, self._device)
@@ -155,7 +134,7 @@ class TorchExecutor:
         """Train in step with the other processes of a group, on its device. Before the data are loaded."""
         self._group = group
         self._device = group.device
-        self._remembered = _Remembered(0)  # of a trial that goes on, all ranks begin with rank 0's bytes
+        self._remembered = Remembered(0)  # of a trial that goes on, all ranks begin with rank 0's bytes
 
     def describe(self, config: Config | None = None) -> DataInfo:
         """Loads the data and tells what they are.
@@ -172,9 +151,11 @@ class TorchExecutor:
             self._memory = self._guard_memory(self._device)
             if self._memory is not None:
                 self._memory.await_room()
-        with self._borrowed_process():
-            metrics = () if config is None or own else self._metric_names(config)
-            _warm_up()
+        with borrowed_process(self._threads):
+            metrics: tuple[str, ...] = ()
+            if config is not None and not own:
+                metrics = metric_names(self._task, self._data, config, seed=self._study_seed, device=self._device)
+            warm_up()
             return replace(self._data.info, metrics=metrics, resumable=not own)
 
     def fills(self, job: Job) -> bool:
@@ -219,7 +200,7 @@ class TorchExecutor:
 
     def _run(self, job: Job, fetch: Fetch, progress: Progress) -> Result:
         start = time.perf_counter()
-        with self._borrowed_process(), self._signs_of_life([job], progress):
+        with borrowed_process(self._threads), self._signs_of_life([job], progress):
             result = self._outcome(job, lambda: self._result(job, fetch, progress))
         if result.outcome == "out_of_memory":
             self._free_memory()
@@ -267,12 +248,8 @@ class TorchExecutor:
         match job:
             case TrainJob():
                 return self._train(job, fetch, progress)
-            case RampJob():
-                lrs = ramp_lrs(job.lr_min, job.lr_max, job.steps).tolist()
-                # A task's own optimizer() or model() may read the rate: it is there, and the ramp scales it.
-                return self._ramp(job, {**job.config, "lr": job.lr_min}, lrs, reference=job.lr_min)
-            case ProbeJob():
-                return self._ramp(job, job.config, None, reference=None)
+            case RampJob() | ProbeJob():
+                return run_ramp(job, self._task, self._data, device=self._device, shuffle=self._shuffle)
             case RebuildJob():
                 return self._rebuild(job, fetch, progress)
             case FoldJob():
@@ -282,23 +259,20 @@ class TorchExecutor:
             case CheckJob():
                 return self._check(job)
             case BaselineJob():
-                return self._baseline(job)
+                return self._measuring(fetch).baseline(job)
             case EvaluateJob():
-                return self._evaluate(job, fetch)
+                return self._measuring(fetch).evaluate(job)
             case ExportJob():
-                return self._export(job, fetch)
+                return self._measuring(fetch).export(job)
 
     # Training
 
     def _train(self, job: TrainJob, fetch: Fetch, progress: Progress) -> Result:
         steps, training = self._begun(job, fetch)
-        try:
+        with _closed_on_error(training):
             curve = self._train_epochs(job, steps, progress)
             with self._signs_of_life([job], progress, steps.epoch):
                 result = curve.result(job, steps, self._data.on_batch)
-        except BaseException:
-            _close(training, quietly=True)
-            raise
         self._remember(result)
         if isinstance(training, OwnTraining) and result.outcome == "done" and not training.resumable:
             self._keep_alive(job.trial, training)
@@ -312,25 +286,9 @@ class TorchExecutor:
 
     def _rebuild(self, job: RebuildJob, fetch: Fetch, progress: Progress) -> Result:
         """The weights of a trial's epoch as its training gave them, by training it again."""
-        self._forget_live(job.trial)
-        again = TrainJob(
-            key=job.key,
-            trial=job.trial,
-            config=job.config,
-            seed=job.seed,
-            from_epoch=0,
-            to_epoch=job.epoch,
-            best=-math.inf,  # no other epoch is wanted
-        )
-        steps, training = self._begun(again, fetch)
-        try:
-            curve = self._train_epochs(again, steps, progress)
+        with self._afresh(job, job.epoch, fetch, progress, best=NO_EPOCH) as (curve, steps):
             weights = None if curve.diverged else steps.checkpoint(weights_only=True)
             content = b"" if weights is None else pack(weights, self._data.on_batch)
-        except BaseException:
-            _close(training, quietly=True)
-            raise
-        _close(training)
         if curve.diverged:
             message = f"trained again, {curve.diverged}, as it was not the first time"
             return Result(key=job.key, outcome="diverged", message=message)
@@ -339,24 +297,16 @@ class TorchExecutor:
 
     def _confirm(self, job: ConfirmJob, fetch: Fetch, progress: Progress) -> Result:
         """A config trained afresh, its best epoch on val measured on the ensemble split; nothing of it is kept."""
-        fresh = TrainJob(
-            key=job.key, trial=job.trial, config=job.config, seed=job.seed, from_epoch=0, to_epoch=job.epochs
-        )
-        self._forget_live(job.trial)
-        steps, training = self._begun(fresh, fetch)
-        try:
-            curve = self._train_epochs(fresh, steps, progress)
-        except BaseException:
-            _close(training, quietly=True)
-            raise
-        _close(training)
+        with self._afresh(job, job.epochs, fetch, progress) as (curve, _):
+            pass
         if curve.diverged:
             return Result(key=job.key, outcome="diverged", message=curve.diverged)
         assert curve.best is not None
         row = next(row for row in curve.rows if row.epoch == curve.best.epoch)
         val = {name.removeprefix("val_"): value for name, value in row.metrics.items() if name.startswith("val_")}
-        model = self._model_of(job.config, curve.best)
-        result = self._measured(job.key, [split_output(model, self._data, "ensemble")], [1.0], "ensemble", keep=False)
+        measuring = self._measuring(fetch)
+        output = split_output(measuring.model_of(job.config, curve.best), self._data, "ensemble")
+        result = measuring.measured(job.key, [output], [1.0], "ensemble", keep=False)
         return replace(result, values={**result.values, "val": val, "epoch": curve.best.epoch})
 
     def _fold(self, job: FoldJob, fetch: Fetch, progress: Progress) -> Result:
@@ -364,28 +314,39 @@ class TorchExecutor:
         if self._folds is None:
             self._folds = Folds(self._data, study_seed=self._study_seed)
         data = self._folds.without(job.fold, folds=job.folds, repeat=job.repeat)
-        fresh = TrainJob(
-            key=job.key,
-            trial=job.trial,
-            config=job.config,
-            seed=job.seed,
-            from_epoch=0,
-            to_epoch=job.epochs,
-            best=-math.inf,  # no epoch's weights are wanted
-        )
-        self._forget_live(job.trial)
-        steps, training = self._begun(fresh, fetch, data)
-        try:
-            curve = self._train_epochs(fresh, steps, progress)
-        except BaseException:
-            _close(training, quietly=True)
-            raise
-        _close(training)
+        with self._afresh(job, job.epochs, fetch, progress, best=NO_EPOCH, data=data) as (curve, _):
+            pass
         values = {"n_rows": dict(data.info.n_rows)}
         if curve.diverged:
             rows = tuple(curve.rows)
             return Result(key=job.key, outcome="diverged", values=values, epochs=rows, message=curve.diverged)
         return Result(key=job.key, values=values, epochs=tuple(curve.rows))
+
+    @contextmanager
+    def _afresh(
+        self,
+        job: RebuildJob | ConfirmJob | FoldJob,
+        epochs: int,
+        fetch: Fetch,
+        progress: Progress,
+        *,
+        best: float | None = None,
+        data: StudyData | None = None,
+    ) -> Iterator[tuple[Curve, Training]]:
+        """A job's trial, trained from its start; inside it is where it ended, afterwards it is gone.
+
+        Args:
+            best: epochs whose objective is not below it are not wanted.
+            data: other rows than the study's own splits.
+        """
+        fresh = TrainJob(
+            key=job.key, trial=job.trial, config=job.config, seed=job.seed, from_epoch=0, to_epoch=epochs, best=best
+        )
+        self._forget_live(job.trial)
+        steps, training = self._begun(fresh, fetch, data)
+        with _closed_on_error(training):
+            yield self._train_epochs(fresh, steps, progress), steps
+        _close(training)
 
     def _forget_live(self, trial: int) -> None:
         live = self._live.pop(trial, None)
@@ -476,49 +437,6 @@ class TorchExecutor:
             )
         return self._sign * row.metrics[self._metric]
 
-    # LR range
-
-    def _ramp(
-        self, job: RampJob | ProbeJob, config: Config, lrs: list[float] | None, *, reference: float | None
-    ) -> Result:
-        """A ramp, or without `lrs` the same number of steps at the optimizer's own rates."""
-        n_train = self._data.n_rows("train")
-        settings = read_settings(config, n_train=n_train)
-        model = build_model(self._task, config, self._data, seed=job.seed, device=self._device)
-        optimizer = build_optimizer(self._task, model, config)
-        loss_of = training_loss(self._task, self._data.info.outputs, settings.label_smoothing)
-        if lrs is None:
-            # A reference equal to the rates leaves each group its own.
-            lrs, reference = [1.0] * job.steps, 1.0
-        with seeded(epoch_seed(job.seed, 0, "ramp"), self._device), user_code("training"):
-            losses = ramp_losses(
-                model,
-                optimizer,
-                self._endless_batches(settings.batch_size, job.seed),
-                checked_loss(self._task, self._data, loss_of),
-                lrs,
-                reference=reference,
-                grad_clip_norm=settings.grad_clip_norm,
-            )
-        epochs = len(losses) * settings.batch_size / n_train
-        return Result(key=job.key, values={"losses": losses, "batch_size": settings.batch_size, "epochs": epochs})
-
-    def _endless_batches(self, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Training batches of one epoch after another, seeded as a trial's epochs are."""
-        epoch = 0
-        while True:
-            epoch += 1
-            seed_all(epoch_seed(seed, epoch, "train"), self._device)
-            yield from self._data.train_batches(
-                batch_size=batch_size,
-                seed=seed,
-                epoch=epoch,
-                shuffle=self._shuffle,
-                augment=augmentation(self._task),
-            )
-
-    # Prediction
-
     def _check(self, job: CheckJob) -> Result:
         from hpsearch.training.checks import run_check
 
@@ -527,82 +445,10 @@ class TorchExecutor:
         )
         return Result(key=job.key, values={"checks": [check.as_json() for check in found]})
 
-    def _baseline(self, job: BaselineJob) -> Result:
-        from hpsearch.training.baselines import Skipped, measure_baseline
-
-        try:
-            measured = measure_baseline(job.name, self._task, self._data, seed=job.seed)
-        except Skipped as reason:
-            return Result(key=job.key, outcome="unusable", message=str(reason))
-        refs = {split: f"predictions/{_file_name(job.key)}-{split}-rows.safetensors" for split in measured}
-        return Result(
-            key=job.key,
-            values={"metrics": {split: metrics for split, (metrics, _) in measured.items()}, "row_scores": refs},
-            blobs={refs[split]: save_tensors(rows) for split, (_, rows) in measured.items()},
-        )
-
-    def _evaluate(self, job: EvaluateJob, fetch: Fetch) -> Result:
-        if job.split not in self._data.info.n_rows:
-            raise UserCodeError(f"the task has no {job.split} split", hint="give one in Task.data()")
-        outputs = [split_output(self._member(member, fetch), self._data, job.split) for member in job.members]
-        weights = [member.weight for member in job.members]
-        return self._measured(job.key, outputs, weights, job.split, keep=job.keep_predictions)
-
-    def _measured(
-        self,
-        key: str,
-        given: Sequence[tuple[Tensor, Tensor]],
-        weights: Sequence[float],
-        split: SplitName,
-        *,
-        keep: bool,
-    ) -> Result:
-        """What some models' outputs, weighted, are worth on a split; `given` are (output, target) of each."""
-        outputs, target = self._data.info.outputs, given[0][1]
-        predictions = [prediction_of(output, outputs) for output, _ in given]
-        if len(given) == 1:
-            # A single model keeps its own output, so that its metrics are those of its training to the bit.
-            prediction, output = predictions[0], given[0][0]
-        else:
-            prediction = mean_prediction(predictions, weights)
-            output = output_of(prediction, outputs)
-        metrics = output_metrics(self._task, output, target)
-        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-        if not bad and not bool(torch.isfinite(prediction).all()):
-            return Result(key=key, outcome="diverged", message=f"predictions of the {split} split are not finite")
-        if bad:
-            return Result(key=key, outcome="diverged", message=f"{split}_{bad[0]} is {metrics[bad[0]]}")
-        stem = f"predictions/{_file_name(key)}"
-        with user_code("loss()"):
-            rows = row_scores(self._task, outputs, output, target)
-        blobs = {f"{stem}-rows.safetensors": save_tensors(rows)}
-        refs: dict[str, str | None] = {"predictions": None, "targets": None}
-        if keep:
-            refs = {"predictions": f"{stem}.safetensors", "targets": f"predictions/targets-{split}.safetensors"}
-            blobs[f"{stem}.safetensors"] = save_tensors({"predictions": prediction.cpu().contiguous()})
-            blobs[f"predictions/targets-{split}.safetensors"] = save_tensors({"targets": target.cpu().contiguous()})
-        values = {"metrics": metrics, "n_rows": len(target), **refs, "row_scores": f"{stem}-rows.safetensors"}
-        return Result(key=key, values=values, blobs=blobs)
-
-    def _export(self, job: ExportJob, fetch: Fetch) -> Result:
-        from hpsearch.training.export import export_members  # onnx takes a second to import
-
-        models = {member.trial: (in_float32(self._member(member, fetch)), member.config) for member in job.members}
-        inputs, _ = next(self._data.batches("train", batch_size=EXPORT_ROWS))
-        example = inputs if len(inputs) > 1 else torch.cat([inputs, inputs])
-        with user_code("model.forward()"):
-            values, blobs = export_members(models, example)
-        return Result(key=job.key, values=values, blobs=blobs)
-
-    def _member(self, member: Member, fetch: Fetch) -> nn.Module:
-        return self._model_of(member.config, self._checkpoint(member.checkpoint, fetch))
-
-    def _model_of(self, config: Config, checkpoint: Checkpoint) -> nn.Module:
-        model = build_model(self._task, config, self._data, seed=checkpoint.seed, device=self._device)
-        load_weights(model, checkpoint)
-        return model.eval()
-
     # What is at hand
+
+    def _measuring(self, fetch: Fetch) -> Measuring:
+        return Measuring(self._task, self._data, device=self._device, read=lambda ref: self._checkpoint(ref, fetch))
 
     @property
     def _data(self) -> StudyData:
@@ -619,13 +465,6 @@ class TorchExecutor:
     def _checkpoint(self, ref: str, fetch: Fetch) -> Checkpoint:
         content = self._remembered.get(ref)
         return unpack(fetch(ref) if content is None else content, ref=ref)
-
-    def _metric_names(self, config: Config) -> tuple[str, ...]:
-        model = build_model(self._task, config, self._data, seed=self._study_seed, device=self._device).eval()
-        inputs, target = next(self._data.batches("val", batch_size=16))
-        with torch.no_grad(), user_code("model.forward()"):
-            output = model(inputs)
-        return ("train_loss", *(f"val_{name}" for name in output_metrics(self._task, output, target)))
 
     @contextmanager
     def _signs_of_life(self, jobs: Sequence[Job], progress: Progress, epoch: int = 0) -> Iterator[None]:
@@ -647,20 +486,6 @@ class TorchExecutor:
         finally:
             data.on_batch = outer
 
-    @contextmanager
-    def _borrowed_process(self) -> Iterator[None]:
-        """The process as results depend on it: threads, and kernels that repeat to the bit. Put back at the end."""
-        threads = torch.get_num_threads()
-        cudnn = torch.backends.cudnn
-        deterministic, benchmark = cudnn.deterministic, cudnn.benchmark
-        torch.set_num_threads(self._threads)
-        cudnn.deterministic, cudnn.benchmark = True, False
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
-            cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
-
 
 class _Plain:
     """The executor to its lanes (`lane_host.Plain`)."""
@@ -676,7 +501,7 @@ class _Plain:
             assert isinstance(training, DefaultTraining)
             return training
 
-        with self._executor._borrowed_process():
+        with borrowed_process(self._executor._threads):
             return self._executor._outcome(job, begun)
 
     def begin_ramp(self, job: RampJob) -> DefaultTraining | Result:
@@ -691,23 +516,16 @@ class _Plain:
                 shuffle=self._executor._shuffle,
             )
 
-        with self._executor._borrowed_process():
+        with borrowed_process(self._executor._threads):
             return self._executor._outcome(job, begun)
 
     def begin_predictor(self, job: EvaluateJob) -> Predictor | Result:
-        executor = self._executor
-
-        def begun() -> Predictor:
-            model = executor._member(job.members[0], self._fetch)
-            return Predictor(model=model, task=executor._task, data=executor._data, device=executor._device)
-
-        return executor._outcome(job, begun)
+        measuring = self._executor._measuring(self._fetch)
+        return self._executor._outcome(job, lambda: measuring.predictor(job.members[0]))
 
     def measured(self, job: EvaluateJob, output: Tensor, target: Tensor) -> Result:
-        given, keep = [(output, target)], job.keep_predictions
-        return self._executor._outcome(
-            job, lambda: self._executor._measured(job.key, given, [1.0], job.split, keep=keep)
-        )
+        measuring, given, keep = self._executor._measuring(self._fetch), [(output, target)], job.keep_predictions
+        return self._executor._outcome(job, lambda: measuring.measured(job.key, given, [1.0], job.split, keep=keep))
 
     def alone(self, job: Job, waiting: Sequence[Job] = ()) -> Result:
         def progress(key: str, epoch: int) -> None:
@@ -725,7 +543,7 @@ class _Plain:
 
     @contextmanager
     def at_work(self, jobs: Sequence[Job]) -> Iterator[None]:
-        with self._executor._borrowed_process(), self._executor._signs_of_life(jobs, self._progress):
+        with borrowed_process(self._executor._threads), self._executor._signs_of_life(jobs, self._progress):
             yield
 
     def stopped(self) -> bool:
@@ -738,13 +556,13 @@ class _Plain:
         self._executor._free_memory()
 
 
-def _warm_up() -> None:
-    """One step of a network that nobody wants: torch loads what its optimizers need, a second, with the first."""
-    model = nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(torch.zeros(2, 1)).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
+@contextmanager
+def _closed_on_error(training: Training) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        _close(training, quietly=True)
+        raise
 
 
 def _close(training: Training, *, quietly: bool = False) -> None:
@@ -756,39 +574,3 @@ def _close(training: Training, *, quietly: bool = False) -> None:
     except UserCodeError:
         if not quietly:
             raise
-
-
-def _file_name(key: str) -> str:
-    """A job's key as the name of a file; long ones are cut and told apart by a digest.
-
-    >>> _file_name("evaluate/test/17*0.75+3*0.25")
-    'evaluate-test-17x0.75+3x0.25'
-    """
-    name = re.sub(r"[^\w.+=-]", "-", key.replace("*", "x"), flags=re.ASCII)
-    return name if len(name) <= 120 else f"{name[:100]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-
-
-class _Remembered:
-    """The most recent blobs, as many as fit."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._n_bytes = 0
-        self._blobs: OrderedDict[str, bytes] = OrderedDict()
-
-    def put(self, ref: str, content: bytes) -> None:
-        self._n_bytes += len(content) - len(self._blobs.pop(ref, b""))
-        self._blobs[ref] = content
-        while self._n_bytes > self._max_bytes:
-            _, dropped = self._blobs.popitem(last=False)
-            self._n_bytes -= len(dropped)
-
-    def clear(self) -> None:
-        self._blobs.clear()
-        self._n_bytes = 0
-
-    def get(self, ref: str) -> bytes | None:
-        content = self._blobs.get(ref)
-        if content is not None:
-            self._blobs.move_to_end(ref)
-        return content
