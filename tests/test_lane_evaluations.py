@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +14,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpsearch.errors import DamagedBlob
+from hpsearch.events import Event, Leased
+from hpsearch.fleets import Launch
+from hpsearch.fleets.local import LocalFleet
 from hpsearch.job import Config, EvaluateJob, Member, Result, SplitName, evaluation_key
+from hpsearch.journal import read_journal
+from hpsearch.spec import Spec, parse_spec
+from hpsearch.state import StudyState
 from hpsearch.task import Splits, Task
 from hpsearch.training.checkpoint import load_weights, pack, unpack
+from hpsearch.training.executor import TorchExecutor
 from hpsearch.training.lane_host import Lanes
 from hpsearch.training.lanes import LanesRefused
+from tests import fakes
 from tests.test_lane_host import CONFIGS, Bench, Classes, Unfusable, job
 from tests.test_loop import random_states
 
@@ -403,3 +412,51 @@ def test_loss_that_raises_is_told_of_the_lane_alone() -> None:
     found = trained.bench(4).run(asked(0), asked(1), asked(2))
     assert [found[asked(trial).key].outcome for trial in range(3)] == ["done", "crashed", "done"]
     assert "too large" in found[asked(1).key].message
+
+
+SPACE = """
+name: shared
+task: task.py:Task
+preflight: {enabled: false}
+search: {trials: 8}
+parameters:
+  lr: {distribution: log_uniform, min: 1e-3, max: 1e-1}
+  width: {values: [8, 16]}
+early_stopping: {min_epochs: 2, max_epochs: 2}
+ensemble: {pool: 6, size: 3}
+"""
+
+
+def study(run_dir: Path, lanes: int) -> tuple[StudyState, list[Event]]:
+    def make_executor(spec: Spec, folder: Path) -> TorchExecutor:
+        return TorchExecutor(Classes(), study_seed=spec.seed, device="cpu", lanes=lanes)
+
+    launch = Launch(
+        run_dir=run_dir,
+        spec=parse_spec(SPACE),
+        folder=run_dir,
+        make_sampler=fakes.make_sampler,
+        make_executor=make_executor,
+        stages=("search", "ensemble"),
+        lock_wait_s=0,
+    )
+    LocalFleet(launch).run(lambda entries: None)
+    entries = read_journal(run_dir)
+    return StudyState.of(entries), [entry.event for entry in entries]
+
+
+def test_study_with_lanes_chooses_the_ensemble_that_it_chooses_without(tmp_path: Path, shared: list[int]) -> None:
+    plain, _ = study(tmp_path / "plain", 1)
+    assert shared == []
+    lanes, events = study(tmp_path / "lanes", 4)
+    beside = [event for event in events if isinstance(event, Leased) and event.key.startswith("evaluate/ensemble/")]
+    assert len(beside) == 6
+    assert sum(bool(event.beside) for event in beside) == sum(shared) - len(shared) > 0
+    for event in beside:
+        mine, theirs = (state.results[event.key].values["metrics"] for state in (lanes, plain))
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    assert lanes.selected is not None
+    assert plain.selected is not None
+    assert (lanes.selected.pool, lanes.selected.best) == (plain.selected.pool, plain.selected.best)
+    assert {trial for trial, _ in lanes.selected.members} == {trial for trial, _ in plain.selected.members}
+    assert lanes.ended is not None
