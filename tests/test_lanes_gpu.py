@@ -10,9 +10,10 @@ import torch
 
 from hpsearch.job import Config, EpochMetrics
 from hpsearch.training.data import StudyData
-from hpsearch.training.lanes import LaneGroup, best_width, find_route
+from hpsearch.training.lanes import LaneGroup, Predictor, best_width, find_route, fused_outputs
 from hpsearch.training.lanes.cuda_graph import WARM_UP_STEPS
 from hpsearch.training.loop import DefaultTraining
+from hpsearch.training.measure import split_output
 from tests import networks
 from tests.test_lanes import Cnn, DropoutMlp, Mlp, Transformer, assert_close, task
 
@@ -61,6 +62,24 @@ def test_each_lane_is_the_trial_that_it_would_be_alone(
             assert_close(found[training.trial], row)
     captured = group._step._graphs
     assert (captured is not None and bool(captured._graphs)) == graphs
+
+
+@pytest.mark.parametrize(
+    ("network", "rows"),
+    [(Mlp, networks.classes), (Cnn, networks.images), (Transformer, networks.sequences)],
+    ids=["mlp", "cnn", "transformer"],
+)
+def test_models_asked_in_lanes_answer_as_each_does_alone(
+    network: Any, rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    trials, _ = on_gpu(network, rows, [{}, {}, {}])
+    asked = [Predictor(model=t.model.eval(), task=t.task, data=t.data, device=CUDA) for t in trials]
+    outputs, target = fused_outputs(asked, "val")
+    for trial, output in zip(trials, outputs, strict=True):
+        wanted, wanted_target = split_output(trial.model, trial.data, "val")
+        assert torch.equal(target, wanted_target)
+        torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_no_step_waits_for_the_device() -> None:
