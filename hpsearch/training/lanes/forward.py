@@ -78,7 +78,6 @@ class Forward:
         self._changed: list[int] = []  # buffers that forward() put something else in the place of
         self._task, self._outputs = network.task, network.data.info.outputs
         self._n_trained = len(trained)
-        self._n_led = self._n_trained or self._first_buffer  # tensors of which `vjp` may be asked; none ever is
         self._plans: dict[tuple[int, ...], tuple[Drawn, ...]] = {}
         self._smoothing = torch.zeros(0)
         self.set_smoothing([0.0] * stack.n_lanes, smoothed=False)
@@ -192,7 +191,7 @@ class Forward:
         return output
 
     def _output_of_vjp(self, tensors: list[Tensor], inputs: Tensor) -> Tensor:
-        trained, others = tensors[: self._n_led], tensors[self._n_led :]
+        trained, others = tensors[: self._n_trained], tensors[self._n_trained :]
         output: Tensor = torch.func.vjp(lambda given: self._output([*given, *others], inputs), trained)[0]
         return output
 
