@@ -23,6 +23,7 @@ from hpsearch.lr_curve import ramp_lrs
 from hpsearch.training.lane_jobs import LaneJobs, Program
 from hpsearch.training.lanes import LaneGroup, LanesRefused, Route, best_width, can_fuse, find_route, fused_ramps
 from hpsearch.training.loop import DefaultTraining
+from hpsearch.training.outcome import Curve
 from hpsearch.training.user_code import is_out_of_memory
 
 MEASURE_AFTER_S = 4.0  # of a group's training by the plain loop: what measuring costs is a tenth of it, and less
@@ -49,6 +50,9 @@ class Plain(Protocol):
         """The process as results depend on it; and every job tells between batches that it is alive."""
 
     def stopped(self) -> bool: ...
+    def result(self, job: TrainJob, curve: Curve, training: DefaultTraining, beside: Sequence[TrainJob]) -> Result:
+        """What a job that is over has given; while checkpoints are packed, it and those beside it are at work."""
+
     def remember(self, result: Result) -> None:
         """Keep the result's checkpoints, as bytes."""
 
@@ -251,6 +255,9 @@ class _Host:
 
     def stopped(self) -> bool:
         return self._plain.stopped()
+
+    def result(self, job: TrainJob, curve: Curve, training: DefaultTraining, beside: Sequence[TrainJob]) -> Result:
+        return self._plain.result(job, curve, training, beside)
 
     def ended(self, job: TrainJob, training: DefaultTraining, result: Result) -> None:
         if result.outcome == "done":
