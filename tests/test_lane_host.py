@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hpsearch.errors import UserCodeError
 from hpsearch.job import Config, Job, RampJob, Result, TrainJob, train_key
 from hpsearch.task import Splits, Task
-from hpsearch.training.checkpoint import unpack
+from hpsearch.training.checkpoint import Checkpoint, pack, unpack
 from hpsearch.training.executor import TorchExecutor
 from hpsearch.training.lanes import Width
 
@@ -71,6 +72,7 @@ class Bench:
         self.blobs: dict[str, bytes] = {}
         self.fetched: list[str] = []
         self.asked: list[int] = []
+        self.alive: list[str] = []  # jobs that told so, in order
 
     def run(self, *jobs: Job, more: Sequence[Job] = ()) -> dict[str, Result]:
         line = list(more)
@@ -86,7 +88,7 @@ class Bench:
             return self.blobs[ref]
 
         results = {}
-        for result in self.executor.run(jobs, fetch, lambda key, epoch: None, further):
+        for result in self.executor.run(jobs, fetch, lambda key, epoch: self.alive.append(key), further):
             self.blobs.update(result.blobs)
             results[result.key] = result
         assert not line
@@ -168,6 +170,37 @@ def test_network_that_cannot_be_fused_is_trained_alone_and_says_so_once() -> Non
     assert found["train/1/0-1"].epochs[0].metrics == wanted["train/1/0-1"].epochs[0].metrics  # to the bit
     assert not lanes.executor.fills(job(2, 0, 1))
     assert lanes.executor.fills(job(2, 0, 1, width=8))  # another group may do better
+
+
+def test_all_lanes_tell_that_they_live_while_the_checkpoint_of_one_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpsearch.training.executor.ALIVE_S", 0.0)
+    lanes = Bench(3)
+    told: dict[int, set[str]] = {}
+
+    def watched(checkpoint: Checkpoint, alive: Any = None) -> bytes:
+        before = len(lanes.alive)
+        content = pack(checkpoint, alive)
+        told[checkpoint.trial] = set(lanes.alive[before:])
+        return content
+
+    monkeypatch.setattr("hpsearch.training.outcome.pack", watched)
+    lanes.run(job(0, 0, 2), job(1, 0, 1), job(2, 0, 1))
+    first, second, third = "train/0/0-2", "train/1/0-1", "train/2/0-1"
+    assert told == {1: {first, second, third}, 2: {first, third}, 0: {first}}
+
+
+def test_checkpoint_that_cannot_be_packed_is_the_end_of_its_own_job_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(checkpoint: Checkpoint, alive: Any = None) -> bytes:
+        if checkpoint.trial == 1:
+            raise UserCodeError("state is neither tensor nor plain value")
+        return pack(checkpoint, alive)
+
+    monkeypatch.setattr("hpsearch.training.outcome.pack", refuses)
+    found = Bench(2).run(job(0, 0, 2), job(1, 0, 1))
+    assert {key: (result.outcome, result.message) for key, result in found.items()} == {
+        "train/0/0-2": ("done", ""),
+        "train/1/0-1": ("crashed", "state is neither tensor nor plain value"),
+    }
 
 
 def test_one_lane_is_the_plain_loop_and_asks_for_nothing() -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from hpsearch.errors import TrialDiverged, UserCodeError
-from hpsearch.job import EpochMetrics, Job, Result, TrainJob, train_key
+from hpsearch.job import EpochMetrics, Job, Outcome, Result, TrainJob, train_key
 from hpsearch.training.lane_jobs import Interrupted, LaneJobs
+from hpsearch.training.outcome import Curve
 
 
 def job(trial: int, to_epoch: int = 1, from_epoch: int = 0) -> TrainJob:
@@ -66,6 +67,7 @@ class FakeProgram:
 class FakeHost:
     def __init__(self) -> None:
         self.log: list[str] = []
+        self.packed: list[tuple[int, list[int]]] = []  # a trial whose job ended, and those who waited for it
         self.diverging: set[int] = set()
         self.unfit: set[int] = set()
         self.unable: set[int] = set()
@@ -99,6 +101,12 @@ class FakeHost:
     def stopped(self) -> bool:
         return self.stop
 
+    def result(self, job: TrainJob, curve: Curve, training: Any, beside: Sequence[TrainJob]) -> Result:
+        self.packed.append((job.trial, [other.trial for other in beside]))
+        outcome: Outcome = "diverged" if curve.diverged else "done"
+        values = {"best": curve.best, "epoch": training.epoch}
+        return Result(key=job.key, outcome=outcome, values=values, epochs=tuple(curve.rows))
+
     def ended(self, job: TrainJob, training: Any, result: Result) -> None:
         self.log.append(f"ended {job.trial}")
 
@@ -108,13 +116,7 @@ class FakeHost:
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch) -> FakeHost:
-    def result(curve: Any, job: TrainJob, training: FakeTraining) -> Result:
-        outcome = "diverged" if curve.diverged else "done"
-        values = {"best": curve.best, "epoch": training.epoch}
-        return Result(key=job.key, outcome=outcome, values=values, epochs=tuple(curve.rows))  # type: ignore[arg-type]
-
-    monkeypatch.setattr("hpsearch.training.outcome.Curve.result", result)
+def host() -> FakeHost:
     return FakeHost()
 
 
@@ -145,6 +147,12 @@ def test_lane_that_ends_is_refilled_at_the_next_epoch_while_others_go_on(host: F
     ]
     assert results[2].values["best"] == ("weights", 1, 3)
     assert [row.epoch for row in results[2].epochs] == [1, 2, 3]
+
+
+def test_all_jobs_of_the_program_tell_that_they_live_while_one_is_packed(host: FakeHost) -> None:
+    host.diverging = {4}
+    run(host, job(1, 2), job(2, 1), job(3, 1), job(4, 2), width=4)
+    assert host.packed == [(2, [1, 3, 4]), (3, [1, 4]), (4, [1]), (1, [])]
 
 
 def test_more_is_asked_for_when_all_lanes_ended_together(host: FakeHost) -> None:

@@ -549,6 +549,11 @@ class _Plain:
     def stopped(self) -> bool:
         return self._executor.should_stop is not None and self._executor.should_stop()
 
+    def result(self, job: TrainJob, curve: Curve, training: DefaultTraining, beside: Sequence[TrainJob]) -> Result:
+        with self.at_work([job, *beside]):
+            alive = self._executor._data.on_batch
+            return self._executor._outcome(job, lambda: curve.result(job, training, alive))
+
     def remember(self, result: Result) -> None:
         self._executor._remember(result)
 

@@ -25,6 +25,7 @@ from hpsearch.training.lane_evaluations import EvaluationLanes
 from hpsearch.training.lane_jobs import LaneJobs, Program
 from hpsearch.training.lanes import LaneGroup, LanesRefused, Route, best_width, can_fuse, find_route, fused_ramps
 from hpsearch.training.loop import DefaultTraining
+from hpsearch.training.outcome import Curve
 from hpsearch.training.user_code import is_out_of_memory
 
 MEASURE_AFTER_S = 4.0  # of a group's training by the plain loop: what measuring costs is a tenth of it, and less
@@ -45,6 +46,9 @@ class Plain(lane_evaluations.Plain, Protocol):
     def objective(self, row: EpochMetrics) -> float: ...
     def told(self, job: TrainJob, epoch: int) -> None: ...
     def stopped(self) -> bool: ...
+    def result(self, job: TrainJob, curve: Curve, training: DefaultTraining, beside: Sequence[TrainJob]) -> Result:
+        """What a job that is over has given; while checkpoints are packed, it and those beside it are at work."""
+
     def remember(self, result: Result) -> None:
         """Keep the result's checkpoints, as bytes."""
 
@@ -263,6 +267,9 @@ class _Host:
 
     def stopped(self) -> bool:
         return self._plain.stopped()
+
+    def result(self, job: TrainJob, curve: Curve, training: DefaultTraining, beside: Sequence[TrainJob]) -> Result:
+        return self._plain.result(job, curve, training, beside)
 
     def ended(self, job: TrainJob, training: DefaultTraining, result: Result) -> None:
         if result.outcome == "done":

@@ -57,6 +57,14 @@ class Host(Protocol):
         """While inside, every job tells between batches that it is alive."""
 
     def stopped(self) -> bool: ...
+    def result(self, job: TrainJob, curve: Curve, training: DefaultTraining, beside: Sequence[TrainJob]) -> Result:
+        """What a job that is over has given. While checkpoints are packed, it and those beside it tell that they live.
+
+        Args:
+            training: the job's trial, where the job ended.
+            beside: the other jobs of the program, which wait meanwhile.
+        """
+
     def ended(self, job: TrainJob, training: DefaultTraining, result: Result) -> None:
         """The trial has left the program, with this result."""
 
@@ -192,6 +200,8 @@ class LaneJobs:
         return over
 
     def _end(self, lane: _Lane, training: DefaultTraining) -> Result:
-        result = replace(lane.curve.result(lane.job, training), seconds=time.perf_counter() - lane.began_at)
+        beside = [other.job for other in self._lanes.values()]
+        result = self._host.result(lane.job, lane.curve, training, beside)
+        result = replace(result, seconds=time.perf_counter() - lane.began_at)
         self._host.ended(lane.job, training, result)
         return result
