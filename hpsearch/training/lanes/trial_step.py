@@ -4,9 +4,10 @@ What is compared: losses, gradients, buffers, and outputs in evaluation; then, f
 the optimizer's rule with all that it keeps. Weights after a whole step would be the wrong thing to compare: the first
 step of Adam makes plus or minus one of a gradient that is nothing but rounding.
 
-A network in bfloat16 is compared twice. By rounding alone its gradients differ by a quarter of their size, where a
-rounded value decides which entry a maximum takes; so a step that is wrong in one lane might pass. Whether a route is
-right is therefore found out in float32, and of bfloat16 is only asked whether it does the same, coarsely.
+A network in bfloat16 is compared twice. By rounding alone its gradients may differ by half of their size, where many
+layers normalise batches and a rounded value decides which entry a maximum takes; so a step that is wrong in a few
+entries might pass. Whether a route is right is therefore found out in float32, and of bfloat16 is only asked whether it
+does the same, coarsely.
 
 So that chance does not differ, dropout layers are given the same masks on both sides, and whatever else draws does so
 from the same seed, the same in every lane.
@@ -56,9 +57,10 @@ class Tolerances:
 def tolerances(rounding: float) -> Tolerances:
     """What kernels that round so may differ by; what is wrong is off by about its own size, and found out by all.
 
-    float32 kernels differ by 1e-6 to 1e-4. In bfloat16, of eleven small networks, values differed by at most 4
-    roundings, gradients by 70 (batch norm before max pooling), and gradients that are nothing but rounding (a bias
-    before batch norm) were 0.3 roundings of the largest.
+    float32 kernels differ by 1e-6 to 1e-4. In bfloat16, of twenty small networks, values differed by at most 4
+    roundings, gradients by 70, or by 125 behind six convolutions with batch norm; and gradients that are nothing but
+    rounding (a bias before batch norm) were 0.3 roundings of the largest. Of twelve such convolutions the first
+    gradients differ by all of their size, and they are refused.
 
     Args:
         rounding: as `precision.rounding` gives it.
@@ -66,10 +68,10 @@ def tolerances(rounding: float) -> Tolerances:
     >>> tolerances(2**-24)
     Tolerances(values=0.001, gradients=0.001, small=0.001)
     >>> tolerances(2**-8)
-    Tolerances(values=0.0625, gradients=0.5, small=0.03125)
+    Tolerances(values=0.0625, gradients=0.75, small=0.03125)
     """
     return Tolerances(
-        values=max(1e-3, 16 * rounding), gradients=max(1e-3, 128 * rounding), small=max(1e-3, 8 * rounding)
+        values=max(1e-3, 16 * rounding), gradients=max(1e-3, 192 * rounding), small=max(1e-3, 8 * rounding)
     )
 
 
