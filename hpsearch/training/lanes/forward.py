@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from hpsearch.task import Task
 from hpsearch.training.data import StudyData
+from hpsearch.training.lanes.batch_norm import take_bf16
 from hpsearch.training.lanes.batching import Randomness, over_lanes, shorten
 from hpsearch.training.lanes.dropout import Drawn, give_masks, recorded
 from hpsearch.training.lanes.losses import loss_of_lane, loss_of_lanes
 from hpsearch.training.lanes.stack import Stack, Weights
+from hpsearch.training.precision import is_bf16
 from hpsearch.training.user_code import user_code
 
 Outputs = Literal["vmap", "vjp", "alone"]
@@ -68,6 +70,8 @@ class Forward:
         self.model = copy.deepcopy(network.model)
         self.dropouts = give_masks(self.model)
         shorten(self.model)
+        if is_bf16(self.model):
+            take_bf16(self.model)
         self.model.train()
         trained = [part.name for block in stack.blocks for part in block.parts]
         slots = _slots(self.model)
