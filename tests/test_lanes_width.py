@@ -11,7 +11,7 @@ from hpsearch.lr_curve import ramp_lrs
 from hpsearch.task import Task
 from hpsearch.training.checkpoint import pack
 from hpsearch.training.data import epoch_seed
-from hpsearch.training.lanes import Measurement, best_width, choose_width, find_route, fused_ramps
+from hpsearch.training.lanes import Measurement, best_width, choose_width, find_route, fused_ramps, next_width
 from hpsearch.training.loop import DefaultTraining, training_loss
 from hpsearch.training.ramp import ramp_losses
 from hpsearch.training.seeding import seed_all
@@ -40,6 +40,38 @@ def test_lanes_keep_within_the_memory_that_is_free() -> None:
     assert choose_width(measured(*rates, n_bytes=1000), free_bytes=1000) == 1
 
 
+def asked(rates: dict[int, float], widths: tuple[int, ...] = (2, 4, 8, 16, 32, 64)) -> list[int]:
+    """The widths that are measured, in order, of a network that has these rates."""
+    found = measured((1, rates[1]))
+    while (width := next_width(found, widths)) is not None:
+        found += measured((width, rates[width]))
+        assert len(found) <= len(widths) + 1  # it ends
+    return [at.lanes for at in found[1:]]
+
+
+def test_a_quick_network_is_widened_from_eight_while_that_gains() -> None:
+    assert asked({1: 3000, 8: 7000, 16: 9000, 32: 9100}) == [8, 16, 32]
+    assert asked({1: 3000, 8: 7000, 16: 9000, 32: 12000, 64: 20000}) == [8, 16, 32, 64]
+
+
+def test_a_quick_network_that_eight_lanes_do_not_help_is_asked_about_fewer() -> None:
+    assert asked({1: 3000, 8: 3100, 4: 3000}) == [8, 4]
+    assert asked({1: 3000, 8: 2000, 4: 3300, 2: 3400}) == [8, 4, 2]
+    assert asked({1: 3000, 8: 2000, 4: 4000}) == [8, 4]
+
+
+def test_a_slow_network_begins_with_two_lanes() -> None:
+    assert asked({1: 20, 2: 18, 4: 18}) == [2, 4]
+    assert asked({1: 20, 2: 30, 4: 40, 8: 41}) == [2, 4, 8]
+
+
+def test_widths_that_are_given_are_all_there_is() -> None:
+    assert asked({1: 3000, 3: 9000}, (2, 3)) == [3]
+    assert asked({1: 20, 2: 30, 3: 50}, (2, 3)) == [2, 3]
+    assert asked({1: 3000, 3: 3000, 2: 3000}, (2, 3)) == [3, 2]
+    assert asked({1: 3000}, ()) == []
+
+
 def test_measuring_leaves_trainings_and_random_state_as_found() -> None:
     lanes = trainings(task(DropoutMlp), [{"lr": 1e-3}, {"lr": 3e-3, "optimizer": "adamw"}])
     lanes[1].train_epoch()
@@ -47,7 +79,7 @@ def test_measuring_leaves_trainings_and_random_state_as_found() -> None:
     assert route is not None
     before, states = [pack(lane.checkpoint()) for lane in lanes], random_states()
     found = best_width(lanes, (2, 3), route=route, seconds=0.001)
-    assert [at.lanes for at in found.measured] in ([1, 2, 3], [1, 2])
+    assert [at.lanes for at in found.measured] in ([1, 2, 3], [1, 2], [1, 3], [1, 3, 2])
     assert all(at.steps_per_s > 0 for at in found.measured)
     assert found.lanes == choose_width(found.measured)
     assert [pack(lane.checkpoint()) for lane in lanes] == before

@@ -13,7 +13,7 @@ from hpsearch.training.lanes.predictions import Predictor, fused_outputs
 from hpsearch.training.lanes.ramps import fused_ramps
 from hpsearch.training.lanes.refusal import LanesRefused
 from hpsearch.training.lanes.trial_step import find_route
-from hpsearch.training.lanes.width import Measurement, Width, best_width, choose_width
+from hpsearch.training.lanes.width import Measurement, Width, best_width, choose_width, next_width
 
 __all__ = [
     "LaneGroup",
@@ -29,4 +29,5 @@ __all__ = [
     "find_route",
     "fused_outputs",
     "fused_ramps",
+    "next_width",
 ]

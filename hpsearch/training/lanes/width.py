@@ -23,9 +23,11 @@ from hpsearch.training.user_code import is_out_of_memory
 WIDTHS = (2, 4, 8, 16, 32, 64)
 GAIN = 1.2  # lanes are worth their trouble from here on: a lane that ends early leaves its place empty for an epoch
 NEARLY = 0.95  # of the best: the narrowest such width is taken, since it fills sooner and holds less memory
-LONGEST_S = 1.0  # of measuring; whoever is this slow has little to gain
+QUICK_STEPS_PER_S = 500.0  # of the plain loop: from here on few lanes are passed over at first
+FIRST_IF_QUICK = 8
+LONGEST_S = 0.5  # of measuring; whoever is this slow has little to gain
 MEMORY_SHARE = 0.8  # of what is free on a GPU
-MEASURE_S = 0.02  # of one width, after its warm-up
+MEASURE_S = 0.01  # of one width, after its warm-up
 MIN_STEPS = 3
 Batch = tuple[Tensor, Tensor]
 WARM_UP_STEPS_GPU = 6  # a graph is captured within
@@ -72,6 +74,40 @@ def choose_width(measured: Sequence[Measurement], *, free_bytes: int | None = No
     return min(found.lanes for found in fits if found.steps_per_s >= NEARLY * best)
 
 
+def next_width(measured: Sequence[Measurement], widths: Sequence[int] = WIDTHS) -> int | None:
+    """The width that is worth measuring next; None when there is none.
+
+    Wider as long as that gains 5 %. A quick network, which spends its time on launching operations, begins with eight
+    lanes, and is asked about fewer only where eight do not pay; a slow one begins with the fewest, since each step of
+    eight would take as long as eight of its own.
+
+    Args:
+        measured: in the order of measuring, the plain loop first.
+        widths: in increasing order.
+
+    >>> rates = [(1, 3000.0), (8, 8000.0), (16, 9500.0), (32, 9600.0)]
+    >>> found = [Measurement(lanes=n, steps_per_s=rate, n_bytes=0) for n, rate in rates]
+    >>> [next_width(found[:n]) for n in range(1, 5)]
+    [8, 16, 32, None]
+    """
+    plain, fused = measured[0], {found.lanes: found.steps_per_s for found in measured[1:]}
+    if not fused:
+        quick = plain.steps_per_s >= QUICK_STEPS_PER_S
+        return next((width for width in widths if not quick or width >= FIRST_IF_QUICK), max(widths, default=None))
+    widest, last = max(fused), measured[-1].lanes
+    before = max((rate for width, rate in fused.items() if width < widest), default=0.0)
+    if last == widest:
+        wider = [width for width in widths if width > widest]
+        pays = fused[widest] >= GAIN * plain.steps_per_s or min(fused) == min(widths)
+        if wider and pays and NEARLY * fused[widest] >= before:
+            return wider[0]
+    if max(fused.values()) >= GAIN * plain.steps_per_s:
+        return None
+    # Fewer, while they do better than more: what does not fit into the processor's caches may do so by halves.
+    fewer = [width for width in widths if width < min(fused)]
+    return fewer[-1] if fewer and fused[last] >= max(fused.values()) else None
+
+
 def best_width(
     trainings: Sequence[DefaultTraining], widths: Sequence[int] = WIDTHS, *, route: Route, seconds: float = MEASURE_S
 ) -> Width:
@@ -79,8 +115,8 @@ def best_width(
 
     Steps are those of the trainings' next epochs, on copies: the trainings, and all global random state, are left as
     they were. Each width takes a warm-up step (six on a GPU) and then `seconds`, but at least three steps (thirty on a
-    GPU). Widening ends where it gains less than 5 %, does not fit, memory runs out, or a second is over. So the whole
-    takes a second and the steps of one width at the most, 0.1 to 0.2 s for a small network on a CPU.
+    GPU). Which widths is `next_width`'s choice; one that would not fit into memory, or runs out of it, is the last, and
+    so is one that ends after half a second. For a small network on a CPU the whole takes about a tenth of a second.
 
     Args:
         trainings: alike; one is enough, since lanes may be copies of the same.
@@ -96,7 +132,7 @@ def best_width(
     began = time.perf_counter()
     with fused(trainings):
         measured = [_measured(1, lambda: _plain_steps(copied(trainings[0])), device, seconds)]
-        for width in widths:
+        while (width := next_width(measured, widths)) is not None and time.perf_counter() - began < LONGEST_S:
             n_bytes = measured[-1].n_bytes * width // measured[-1].lanes
             if free is not None and n_bytes > MEMORY_SHARE * free:
                 break
@@ -106,9 +142,6 @@ def best_width(
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                break
-            before = max((found.steps_per_s for found in measured[1:-1]), default=0.0)
-            if NEARLY * measured[-1].steps_per_s < before or time.perf_counter() - began > LONGEST_S:
                 break
     return Width(lanes=choose_width(measured, free_bytes=free), measured=tuple(measured))
 
