@@ -116,6 +116,18 @@ class DropoutMlp(nn.Module):
         return self.head(self.channels(x.unflatten(1, (8, 3))).flatten(1))
 
 
+class Transposed(nn.Module):
+    """Dropout on what lies in memory in another order than in its dimensions."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.conv, self.dropout, self.head = nn.Conv1d(1, 4, 3, padding=1), nn.Dropout(0.4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(self.conv(x.unsqueeze(1)).transpose(1, 2))
+        return self.head(self.dropout(x[:, ::2]).mean(dim=1))
+
+
 class Cnn(nn.Module):
     """The convolutions before batch norm have no bias: its gradient is rounding alone, which Adam makes steps of."""
 
@@ -185,12 +197,13 @@ RNN = {"gradients": "each", "outputs": "vjp"}
     [
         (Mlp, networks.classes, {}),
         (DropoutMlp, networks.classes, {}),
+        (Transposed, networks.classes, {}),
         (Cnn, networks.images, {}),
         (lambda _: Recurrent(nn.GRU), networks.sequences, RNN),
         (lambda _: Recurrent(nn.LSTM), networks.sequences, RNN),
         (Bag, padded, {"gradients": "each"}),
     ],
-    ids=["mlp", "dropout", "cnn", "gru", "lstm", "embedding"],
+    ids=["mlp", "dropout", "transposed", "cnn", "gru", "lstm", "embedding"],
 )
 def test_each_lane_is_the_trial_that_it_would_be_alone(network: Any, rows: Any, route: dict[str, str]) -> None:
     assert_equivalent(task(network, rows), VARIED, **route)
