@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -288,6 +289,72 @@ def test_frozen_idle_and_unstepped_parameters_stay_as_they_are() -> None:
     assert_equivalent(task(Partly, optimizer=optimizer), [{"lr": 1e-3, "grad_clip_norm": 0.1}, {"lr": 3e-3}])
 
 
+class Teacher(Mlp):
+    """A frozen copy of the first layer follows it, as in self-distillation."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.frozen = copy.deepcopy(self[0]).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.frozen.weight.mul_(0.9).add_(self[0].weight, alpha=0.1)
+        for layer in list(self)[:5]:
+            x = layer(x) + (0.1 * self.frozen(x) if layer is self[0] else 0.0)
+        return x
+
+
+def test_frozen_parameters_that_forward_changes_are_the_lanes_own() -> None:
+    assert_equivalent(task(Teacher), [{"lr": 1e-3}, {"lr": 3e-3}])
+
+
+def test_an_epoch_that_fails_leaves_frozen_parameters_where_they_were() -> None:
+    failing = False
+
+    def metrics(self: Task, output: Tensor, target: Tensor) -> dict[str, float]:
+        if failing:
+            raise ValueError("a bad day")
+        return {}
+
+    group = fused(trainings(task(Teacher, metrics=metrics), [{}, {}]))
+    group.train_epoch()
+    before = pack(group.checkpoint(0))
+    failing = True
+    with pytest.raises(UserCodeError):
+        group.train_epoch()
+    assert pack(group.checkpoint(0)) == before
+
+
+def test_unstepped_parameters_that_forward_changes_are_the_lanes_own() -> None:
+    class Follows(Teacher):
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            self.frozen.requires_grad_(True)
+
+    def optimizer(self: Task, params: Any, config: Config) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(list(params)[:6], lr=config["lr"])
+
+    assert_equivalent(task(Follows, optimizer=optimizer), [{"lr": 1e-3}, {"lr": 3e-3}])
+
+
+def test_a_buffer_that_depends_on_the_weights_keeps_no_graph() -> None:
+    class Remembers(Mlp):
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            self.register_buffer("last", torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            output = super().forward(x)
+            if self.training:
+                self.last = output.mean(dim=0)
+            return output
+
+    group = fused(trainings(task(Remembers), [{}, {}]))
+    group.train_epoch()
+    assert not group._stack.buffers["last"].requires_grad
+
+
 def test_buffers_that_forward_replaces_are_the_lanes_own() -> None:
     class Averaging(Mlp):
         def __init__(self, config: Config) -> None:
@@ -500,6 +567,14 @@ def test_a_model_that_cannot_be_fused_any_more_says_so_and_every_lane_is_where_i
     with pytest.raises(LanesRefused, match="data-dependent control flow"):
         group.train_epoch()
     assert [pack(group.checkpoint(trial)) for trial in group.trials] == before
+
+
+def test_a_metric_that_changes_the_targets_changes_no_other_lanes() -> None:
+    def metrics(self: Task, output: Tensor, target: Tensor) -> dict[str, float]:
+        target[target == 2] = 0
+        return {"zeros": float((target == 0).float().mean())}
+
+    assert_equivalent(task(Mlp, metrics=metrics), [{"lr": 1e-3}, {"lr": 3e-3}], epochs=1)
 
 
 def test_a_trial_has_one_lane() -> None:

@@ -177,6 +177,21 @@ def test_an_optimizer_without_a_fused_rule_is_trained_alone() -> None:
     assert reason_of(Mlp, optimizer=optimizer).startswith("the optimizer is a Adagrad (those that can be fused: Adam,")
 
 
+def test_an_optimizer_whose_step_was_replaced_is_trained_alone() -> None:
+    def optimizer(self: Task, params: Any, config: Config) -> torch.optim.Optimizer:
+        made = torch.optim.SGD(params, lr=0.1)
+        step = made.step
+
+        def halving(*args: Any) -> None:
+            step(*args)
+            made.param_groups[0]["lr"] /= 2
+
+        made.step = halving  # type: ignore[method-assign, assignment]
+        return made
+
+    assert reason_of(Mlp, optimizer=optimizer) == "the optimizer's step() was replaced, by a scheduler perhaps"
+
+
 def test_a_task_that_raises_is_trained_alone_where_it_says_so_itself() -> None:
     def odd(self: Odd, x: Tensor) -> Tensor:
         raise ValueError("a bad day")

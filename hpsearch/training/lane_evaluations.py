@@ -143,7 +143,7 @@ class EvaluationLanes:
             return
         outputs, target = fused_outputs([predictor for _, predictor in begun], begun[0][0].split)
         for (job, predictor), output in zip(begun, outputs, strict=True):
-            found[job.key] = plain.measured(job, output, target)
+            found[job.key] = plain.measured(job, output, target.clone())  # a metric may change it
             _tell(predictor)
 
 

@@ -224,7 +224,7 @@ class Forward:
 
     def _write_buffers(self, changed: Sequence[Tensor]) -> None:
         for number, tensor in zip(self._changed, changed, strict=True):
-            self._stack.buffers[self._names[number]].copy_(tensor)
+            self._stack.buffers[self._names[number]].copy_(tensor.detach())
 
     def _by_layer(self, masks: Sequence[Tensor], plan: Sequence[Drawn]) -> list[list[Tensor]]:
         by_layer: list[list[Tensor]] = [[] for _ in self.dropouts]

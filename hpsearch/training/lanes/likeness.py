@@ -58,6 +58,8 @@ def _unfit(training: DefaultTraining) -> str:
     optimizer = training.optimizer
     if any(getattr(optimizer, hooks, None) for hooks in _OPTIMIZER_HOOKS):
         return "the optimizer has hooks"
+    if "step" in vars(optimizer):  # by hand, or by a scheduler, which does so when it is made
+        return "the optimizer's step() was replaced, by a scheduler perhaps"
     known = {id(param) for param in training.model.parameters()}
     try:
         for group in optimizer.param_groups:
