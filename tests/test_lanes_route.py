@@ -6,15 +6,16 @@ import functools
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpsearch.job import Config
-from hpsearch.task import Task
+from hpsearch.task import Splits, Task
 from hpsearch.training.checkpoint import pack
-from hpsearch.training.lanes import LaneGroup, Route, can_fuse, find_route
+from hpsearch.training.lanes import LaneGroup, LanesRefused, Route, can_fuse, find_route
 from hpsearch.training.lanes.forward import Forward
 from hpsearch.training.loop import DefaultTraining
 from tests import networks
@@ -89,12 +90,77 @@ def test_a_single_training_is_tried_in_two_lanes() -> None:
     assert find_route(pair(task(Padded, padded))[:1]) == (Route(gradients="each"), "")
 
 
-def test_padding_is_minded_also_where_the_trial_step_meets_none() -> None:
+@pytest.mark.parametrize("network", [Bag, Padded], ids=["module", "function"])
+def test_padding_is_minded_also_where_the_trial_step_meets_none(network: Any) -> None:
     def unpadded(n: int, seed: int) -> tuple[Tensor, Tensor]:
         x, y = networks.sequences(n, seed)
         return x.clamp_min(1), y
 
-    assert find_route(pair(task(Bag, unpadded))) == (Route(gradients="each"), "")
+    assert find_route(pair(task(network, unpadded))) == (Route(gradients="each"), "")
+
+
+def test_a_network_whose_rows_have_to_do_with_each_other_in_evaluation_is_told() -> None:
+    def network(config: Config) -> nn.Module:
+        return nn.Sequential(nn.Linear(12, 4), nn.BatchNorm1d(4, track_running_stats=False))
+
+    assert find_route(pair(task(network))) == (Route(gradients="summed", mixes_rows=True), "")
+
+
+def test_buffers_that_change_in_evaluation_are_trained_alone() -> None:
+    class Averaging(Odd):
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            self.register_buffer("mean", torch.zeros(12))
+
+        def odd(self, x: Tensor) -> Tensor:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(dim=0)
+            return x
+
+    assert reason_of(Averaging) == "forward() changes a buffer also in evaluation"
+
+
+def test_outputs_that_cannot_be_had_even_one_after_the_other_are_trained_alone() -> None:
+    class Random(Odd):
+        def odd(self, x: Tensor) -> Tensor:
+            return x if self.training else x + torch.randn(x.shape)
+
+    assert reason_of(Random).startswith("its output would be wrong in lane 0 (by ")
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(()), np.random.random_sample, random.random])
+def test_batches_that_a_global_generator_decides_are_trained_alone(draw: Any) -> None:
+    def augment(self: Task, inputs: Tensor, generator: torch.Generator) -> Tensor:
+        return inputs + float(draw())
+
+    words = "augment() or the Dataset draws from a global generator, of which lanes have one between them"
+    assert reason_of(Mlp, augment=augment) == words
+    of = task(Mlp)
+    group = LaneGroup(pair(of), Route(gradients="summed"))
+    for lane in group._lanes:  # as where only some batches draw
+        lane.augment = lambda inputs, generator: augment(of, inputs, generator)
+    with pytest.raises(LanesRefused) as refused:
+        group.train_epoch()
+    assert refused.value.reason == words
+
+
+def test_a_validation_split_that_a_global_generator_decides_is_trained_alone() -> None:
+    class Noisy(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+        def __init__(self, first: int) -> None:
+            self.first, (self.x, self.y) = first, networks.classes(80, 1)
+
+        def __len__(self) -> int:
+            return len(self.x)
+
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            return self.x[index] + (torch.randn(12) if index >= self.first else 0.0), self.y[index]
+
+    for first in (0, 70):  # in the rows that the trial step sees, and behind them
+        members = {"data": lambda self, first=first: Splits(train=networks.classes(50, 0), val=Noisy(first))}
+        lanes = pair(task(Mlp, **members))
+        if first == 0:
+            assert find_route(lanes)[1].startswith("augment() or the Dataset draws from a global generator")
+        with pytest.raises(LanesRefused, match="draws from a global generator"):
+            LaneGroup(lanes, Route(gradients="summed")).train_epoch()
 
 
 @pytest.mark.parametrize(
