@@ -321,7 +321,8 @@ def test_what_reaches_a_step_as_a_number_may_differ() -> None:
         def __init__(self, config: Config) -> None:
             super().__init__()
             self.config, self.act = config, functools.partial(F.leaky_relu, negative_slope=0.1)
-            self.twice = lambda x: x * config.get("factor", 2)
+            factor = config.get("factor", 2)
+            self.twice = lambda x: x * factor
             self.hidden, self.dropout = nn.Linear(12, 4), nn.Dropout(config.get("dropout", 0.1))
 
         def forward(self, x: Tensor) -> Tensor:
@@ -331,6 +332,91 @@ def test_what_reaches_a_step_as_a_number_may_differ() -> None:
     other: Config = {"lr": 1e-2, "label_smoothing": 0.1, "grad_clip_norm": 1.0, "warmup_epochs": 2}
     assert can_fuse(*pair(task(Keeps), one, other)) == ""
     assert can_fuse(*pair(task(Keeps), one, {"factor": 3})) == "`config` of the model differs"
+
+
+class Scale:
+    """A helper that is no module."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor, self.calls = factor, 0
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+    def count(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x
+
+
+class Helped(Odd):
+    """An Mlp whose forward() calls something that it keeps."""
+
+    def __init__(self, config: Config, helper: Any) -> None:
+        super().__init__(config)
+        self.helper = helper
+
+    def odd(self, x: Tensor) -> Tensor:
+        return self.helper(x)
+
+
+@pytest.mark.parametrize(
+    "helper",
+    [
+        lambda model, config: Scale(config["factor"]).apply,
+        lambda model, config: lambda x: x * config["factor"],
+        lambda model, config: lambda x: Scale(config["factor"]).apply(model.odd(x)),
+        lambda model, config: functools.partial(torch.mul, np.full(1, config["factor"])),
+        lambda model, config: [model, nn.Dropout(config["factor"])],
+        lambda model, config: {"scale": Scale(config["factor"]), "config": {"lr": config["factor"]}},
+    ],
+    ids=["method", "closure", "own module", "array", "hidden dropout", "dict"],
+)
+def test_what_a_model_keeps_is_compared_to_its_depths(helper: Any) -> None:
+    def network(config: Config) -> nn.Module:
+        model = Helped(config, None)
+        model.helper = helper(model, {"factor": config.get("factor", 0.5)})
+        return model
+
+    assert can_fuse(*pair(task(network), {}, {"lr": 0.1})) == ""
+    assert can_fuse(*pair(task(network), {}, {"factor": 0.25})) == "`helper` of the model differs"
+
+
+def test_a_function_over_a_config_is_of_that_config_alone() -> None:
+    def network(config: Config) -> nn.Module:
+        return Helped(config, lambda x: x * config["lr"])
+
+    assert can_fuse(*pair(task(network), {"lr": 0.1}, {"lr": 0.2})) == "`helper` of the model differs"
+
+
+@pytest.mark.parametrize("use", [lambda x, value: x * value, lambda x, value: x + 1 if value > 0.5 else x])
+def test_a_forward_that_reads_what_lanes_have_each_their_own_of_is_trained_alone(use: Any) -> None:
+    class Reads(Odd):
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            self.kept = {"config": config}
+
+        def odd(self, x: Tensor) -> Tensor:
+            return use(x, self.kept["config"]["momentum"])
+
+    lanes = pair(task(Reads), {"momentum": 0.9}, {"momentum": 0.1})
+    words = "forward() reads `momentum` of a config that it keeps, which each lane has another of"
+    for some in (lanes, lanes[:1]):
+        assert find_route(some) == (None, words)
+    assert lanes[0].model.kept["config"]["momentum"] == 0.9
+
+
+@pytest.mark.parametrize(
+    "helper",
+    [
+        lambda: Scale(1.0).count,
+        lambda: functools.partial(lambda held, x: held.update(n=held.get("n", 0) + 1) or x, {}),
+        lambda: functools.partial(lambda held, x: held[0].append(held[0].pop() + 1) or x, [[0]]),
+        lambda: functools.partial(lambda held, x: held.normal() and x, np.random.default_rng(0)),
+    ],
+    ids=["helper", "dict", "list", "generator"],
+)
+def test_a_forward_that_counts_in_what_it_keeps_is_trained_alone(helper: Any) -> None:
+    assert reason_of(lambda config: Helped(config, helper())) == "forward() changes `helper`, which lanes would share"
 
 
 def test_an_optimizer_that_has_stepped_its_parameters_unequally_is_refused() -> None:

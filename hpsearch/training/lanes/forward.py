@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hpsearch.task import Task
 from hpsearch.training.data import StudyData
+from hpsearch.training.lanes.attributes import hide_loop_keys
 from hpsearch.training.lanes.batch_norm import take_bf16
 from hpsearch.training.lanes.batching import Randomness, over_lanes, shorten
 from hpsearch.training.lanes.dropout import Drawn, give_masks, recorded
@@ -71,6 +72,7 @@ class Forward:
         self.route = route
         self._randomness = randomness
         self.model = copy.deepcopy(network.model)
+        hide_loop_keys(self.model)
         self.dropouts = give_masks(self.model)
         shorten(self.model)
         if is_bf16(self.model):

@@ -28,11 +28,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpsearch.training.data import epoch_seed
+from hpsearch.training.lanes.attributes import changed_attribute, remembered
 from hpsearch.training.lanes.dropout import Drawn, LaneDropout, Masks, give_masks, rates_of, recorded
 from hpsearch.training.lanes.epochs import unsaid
 from hpsearch.training.lanes.feed import host_random, undrawn
 from hpsearch.training.lanes.forward import Forward, Network, Outputs, Route
-from hpsearch.training.lanes.likeness import can_fuse, changed_attribute, remembered
+from hpsearch.training.lanes.likeness import can_fuse
 from hpsearch.training.lanes.refusal import LanesRefused
 from hpsearch.training.lanes.stack import Stack, Weights
 from hpsearch.training.lanes.step import clip_lanes
@@ -249,7 +250,7 @@ def _plain_step(
         dropout.n_calls = 0
     if host_random() != host_before:
         raise LanesRefused("forward() draws from Python's or numpy's generator, and lanes would share what it draws")
-    if name := changed_attribute(before, remembered(model)):
+    if name := changed_attribute(before, model):
         raise LanesRefused(f"forward() changes `{name}`, which lanes would share")
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
     if any(grad.is_sparse for grad in grads.values()):
@@ -328,7 +329,7 @@ def own_output(model: nn.Module, inputs: Tensor) -> Tensor:
     output = model(inputs.clone())
     if not isinstance(output, Tensor):
         raise LanesRefused(f"the model returned a {type(output).__name__}, not a tensor")
-    if name := changed_attribute(before, remembered(model)):
+    if name := changed_attribute(before, model):
         raise LanesRefused(f"forward() changes `{name}`, which lanes would share")
     if any(
         old is not new or version != new._version for (old, version), new in zip(buffers, model.buffers(), strict=True)
