@@ -186,6 +186,38 @@ def test_a_forward_that_counts_in_an_attribute_is_trained_alone() -> None:
     assert reason_of(Counting) == "forward() changes `calls`, which lanes would share"
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_forward_that_counts_in_one_mode_alone_is_trained_alone(training: bool) -> None:
+    class Counting(Odd):
+        calls = 0
+
+        def odd(self, x: Tensor) -> Tensor:
+            self.calls += self.training is training
+            return x
+
+    assert reason_of(Counting) == "forward() changes `calls`, which lanes would share"
+
+
+def test_a_table_that_is_made_once_is_no_reason_against_lanes() -> None:
+    class Tabled(Odd):
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            self.table: Tensor | None = None
+
+        def odd(self, x: Tensor) -> Tensor:
+            if self.table is None:
+                self.table = torch.arange(12.0).cos()
+            return x * self.table
+
+    lanes = pair(task(Tabled))
+    route, reason = find_route(lanes)
+    assert (route, reason) == (Route(gradients="summed"), "")
+    assert route is not None
+    group = LaneGroup(lanes, route)
+    for _ in range(2):
+        group.train_epoch()
+
+
 def test_a_forward_that_draws_on_the_host_is_trained_alone() -> None:
     class Skipping(Odd):
         def odd(self, x: Tensor) -> Tensor:
