@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import types
 from typing import Any
 
 import numpy as np
@@ -398,10 +399,11 @@ class Helped(Odd):
         lambda model, config: lambda x: x * config["factor"],
         lambda model, config: lambda x: Scale(config["factor"]).apply(model.odd(x)),
         lambda model, config: functools.partial(torch.mul, np.full(1, config["factor"])),
+        lambda model, config: types.MethodType(lambda self, x: x * config["factor"], model),
         lambda model, config: [model, nn.Dropout(config["factor"])],
         lambda model, config: {"scale": Scale(config["factor"]), "config": {"lr": config["factor"]}},
     ],
-    ids=["method", "closure", "own module", "array", "hidden dropout", "dict"],
+    ids=["method", "closure", "own module", "array", "replaced method", "hidden dropout", "dict"],
 )
 def test_what_a_model_keeps_is_compared_to_its_depths(helper: Any) -> None:
     def network(config: Config) -> nn.Module:
@@ -411,6 +413,14 @@ def test_what_a_model_keeps_is_compared_to_its_depths(helper: Any) -> None:
 
     assert can_fuse(*pair(task(network), {}, {"lr": 0.1})) == ""
     assert can_fuse(*pair(task(network), {}, {"factor": 0.25})) == "`helper` of the model differs"
+
+
+def test_what_is_known_by_its_name_alone_differs_from_another() -> None:
+    def network(config: Config) -> nn.Module:
+        factor = config.get("factor", 2)
+        return Helped(config, functools.lru_cache(lambda x: x * factor))
+
+    assert can_fuse(*pair(task(network), {}, {"factor": 3})) == "`helper` of the model differs"
 
 
 def test_a_function_over_a_config_is_of_that_config_alone() -> None:

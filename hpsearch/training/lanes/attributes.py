@@ -135,7 +135,7 @@ class Comparison:
         if isinstance(mine, types.FunctionType):
             return mine.__code__ is theirs.__code__ and self._same(_bound(mine), _bound(theirs))
         if isinstance(mine, types.MethodType):
-            return mine.__func__ is theirs.__func__ and self._same(mine.__self__, theirs.__self__)
+            return self._same(mine.__func__, theirs.__func__) and self._same(mine.__self__, theirs.__self__)
         if isinstance(mine, functools.partial):
             return self._same((mine.func, mine.args, mine.keywords), (theirs.func, theirs.args, theirs.keywords))
         kind: Any = type(mine)
@@ -185,9 +185,9 @@ def _bound(function: types.FunctionType) -> tuple[Any, ...]:
     return (function.__defaults__, function.__kwdefaults__, *(cell.cell_contents for cell in cells))
 
 
-def _parts(value: Any) -> Any:
+def _parts(value: Any) -> tuple[Any, ...]:
     """What another of its kind is made of, where its class does not say what is equal."""
     parts = value.__reduce_ex__(4)
-    return (
-        tuple(list(part) if isinstance(part, Iterator) else part for part in parts) if type(parts) is tuple else parts
-    )
+    if isinstance(parts, str):  # known by a name alone, and the other is another
+        raise TypeError
+    return tuple(list(part) if isinstance(part, Iterator) else part for part in parts)
