@@ -236,6 +236,20 @@ def test_a_model_that_cannot_be_copied_is_trained_alone() -> None:
     assert reason_of(Uncopied) == "its model cannot be copied: TypeError: one of a kind"
 
 
+def test_a_function_that_holds_the_model_itself_is_found_out_also_by_a_single_training() -> None:
+    def network(config: Config) -> nn.Module:
+        model = Mlp(config)
+        own = model[0].forward
+        model[0].forward = lambda x: 1.5 * own(x)  # type: ignore[method-assign]
+        return model
+
+    lanes = pair(task(network))
+    words = "the model keeps a function that uses the model's own weights, also where a copy of it is asked"
+    for some in (lanes[:1], lanes):
+        assert find_route(some) == (None, words)
+    assert all(param.grad is None for param in lanes[0].model.parameters())
+
+
 def test_batch_norm_that_counts_on_the_host_is_trained_alone() -> None:
     def network(config: Config) -> nn.Module:
         return nn.Sequential(nn.Linear(12, 4), nn.BatchNorm1d(4, momentum=None))

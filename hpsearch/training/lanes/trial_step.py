@@ -91,15 +91,32 @@ def find_route(trainings: Sequence[DefaultTraining]) -> tuple[Route | None, str]
         if reason := can_fuse(first, training):
             return None, reason
     lanes = list(trainings) if len(trainings) > 1 else [first, first]
+    held = [(param, param.grad) for training in trainings for param in training.model.parameters()]
     with borrowed_rng(first.device), exact_kernels(first.device), unsaid():
-        if not is_bf16(first.model):
-            return _found(lanes)
         try:
-            exact = [_float32_twin(lane) for lane in lanes]
-        except LanesRefused as refusal:
-            return None, refusal.reason
-        route, reason = _found(exact)
-        return (None, reason) if route is None else _found(lanes, (replace(route, outputs="vmap"),))
+            for param, _ in held:
+                param.grad = None
+            found = _found_of_precision(lanes)
+            # All steps are those of copies; of a function that holds the model itself there is no copy.
+            reached = any(param.grad is not None for param, _ in held)
+        finally:
+            for param, grad in held:
+                param.grad = grad
+    if reached:
+        return None, "the model keeps a function that uses the model's own weights, also where a copy of it is asked"
+    return found
+
+
+def _found_of_precision(lanes: Sequence[DefaultTraining]) -> tuple[Route | None, str]:
+    """The first route that is right, for networks of either precision."""
+    if not is_bf16(lanes[0].model):
+        return _found(lanes)
+    try:
+        exact = [_float32_twin(lane) for lane in lanes]
+    except LanesRefused as refusal:
+        return None, refusal.reason
+    route, reason = _found(exact)
+    return (None, reason) if route is None else _found(lanes, (replace(route, outputs="vmap"),))
 
 
 def _float32_twin(training: DefaultTraining) -> DefaultTraining:
