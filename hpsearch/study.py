@@ -357,6 +357,7 @@ class Study:
             if suspect and (jobs or held):
                 break  # should this process die as well, there must be no doubt of what
             self._lease(job, worker, beside)
+            self._note_budget()  # the next asks for more than what is leased by now
             jobs.append(job)
             if suspect:
                 break
