@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from hpsearch.errors import SpecError
 from hpsearch.events import TrialDrawn
 from hpsearch.fleets import Launch
 from hpsearch.fleets.local import LocalFleet
-from hpsearch.job import DataInfo, Result, TrainJob
+from hpsearch.job import DataInfo, Job, RebuildJob, Result, TrainJob
 from hpsearch.journal import FILE_NAME, read_journal
 from hpsearch.spec import parse_spec
 from hpsearch.state import Entry, StudyState
@@ -290,6 +291,29 @@ def test_rungs_that_are_edited_do_not_hold_it_back(tmp_path: Path) -> None:
     state = run(tmp_path, OWN, "early_stopping.max_epochs=18", "early_stopping.reduction_factor=2")
     assert state.own_trial is not None
     assert state.own_trial.epoch == 18
+
+
+class Rebuilding(fakes.FakeExecutor):
+    """Trains no trial a second time."""
+
+    def run(
+        self, jobs: Sequence[Job], fetch: Callable[[str], bytes], progress: Callable[[str, int], None]
+    ) -> Iterator[Result]:
+        assert not any(isinstance(job, RebuildJob) for job in jobs)
+        yield from super().run(jobs, fetch, progress)
+
+
+@pytest.mark.parametrize("overrides", [["ensemble.enabled=false"], ["ensemble.pool=2", "ensemble.size=2"]])
+def test_its_checkpoint_is_kept_whatever_its_rank_and_however_small_the_pool(
+    tmp_path: Path, overrides: list[str]
+) -> None:
+    own = "baseline={lr: 0.5, optimizer: adamw, width: 128}"
+    state = run(tmp_path, own, *overrides, make_executor=lambda spec, folder: Rebuilding())
+    assert state.done
+    assert state.own_trial is not None
+    assert state.own_trial.best_checkpoint is not None
+    assert state.compared is not None
+    assert state.compared.over_own["trial"] == 9
 
 
 # What is told
