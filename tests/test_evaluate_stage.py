@@ -14,7 +14,7 @@ from hpsearch.events import Evaluated, Opened, from_json
 from hpsearch.fleets import Launch
 from hpsearch.fleets.local import LocalFleet
 from hpsearch.forecast import FoldForecast
-from hpsearch.job import FoldJob, Result
+from hpsearch.job import ConfirmJob, FoldJob, Result
 from hpsearch.journal import FILE_NAME, read_journal
 from hpsearch.spec import parse_spec
 from hpsearch.state import Entry, StudyState
@@ -146,7 +146,8 @@ def test_confirm_takes_the_best_by_folds(tmp_path: Path) -> None:
     state = run(tmp_path, "confirm.trials=2", make_executor=lambda spec, folder: Upset())
     assert state.evaluated is not None
     assert state.confirmed is not None
-    assert set(state.confirmed_order) == {row["trial"] for row in state.evaluated.standings[:2]}
+    rows = state.evaluated.standings[:2]
+    assert set(state.confirmed_order) == {row["trial"] for row in rows if row["chance"] is not None}
 
 
 class Unlucky(fakes.FakeExecutor):
@@ -186,6 +187,33 @@ def test_study_whose_folds_all_go_wrong_ends_with_the_searched_best(tmp_path: Pa
     assert state.evaluated.standings == ()
     assert state.selected is not None
     assert state.selected.best == state.candidates(1)[0].number
+
+
+def test_fresh_seeds_are_spent_on_the_searched_best_where_all_folds_went_wrong(tmp_path: Path) -> None:
+    state = run(tmp_path, "confirm={trials: 2, seeds: 2}", make_executor=lambda spec, folder: Hopeless())
+    assert state.confirmed is not None
+    assert set(state.confirmed_order) == {trial.number for trial in state.candidates(2)}
+
+
+def test_fresh_seeds_are_not_spent_on_who_was_given_up_on_the_folds(tmp_path: Path) -> None:
+    state = run(tmp_path, "confirm={trials: 4, seeds: 2}")
+    assert state.evaluated is not None
+    left = {row["trial"] for row in state.evaluated.standings if row["chance"] is not None}
+    assert len(left) < 4
+    assert set(state.confirmed_order) == left
+
+
+class Unseeded(fakes.FakeExecutor):
+    """No fresh seed comes to anything."""
+
+    def _confirm(self, job: ConfirmJob) -> Result:
+        return Result(key=job.key, outcome="diverged", message="val_loss is nan")
+
+
+def test_order_of_the_folds_stands_where_all_fresh_seeds_went_wrong(tmp_path: Path) -> None:
+    state = run(tmp_path, "confirm={trials: 2, seeds: 2}", make_executor=lambda spec, folder: Unseeded())
+    assert state.evaluated is not None
+    assert state.leaders == tuple(row["trial"] for row in state.evaluated.standings)
 
 
 def test_study_without_the_key_trains_no_fold(tmp_path: Path) -> None:
