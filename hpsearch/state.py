@@ -341,8 +341,8 @@ class StudyState:
                 self.confirmed = self.selected = self.compared = None
             if _asked(self.opened.spec, "evaluate") != _asked(spec, "evaluate"):
                 self.evaluated = self.confirmed = self.selected = self.compared = None
-            if self.opened.spec.get("baseline") != spec.get("baseline"):
-                self.compared = None  # it is told against the other config
+            if spec.get("baseline") not in (None, self.opened.spec.get("baseline")):
+                self.compared = None  # it is told against the other config; against none, nothing has to be told anew
             if _part(self.opened.spec, "budget", ("disk",)) != _part(spec, "budget", ("disk",)):
                 self._make_room()
             if self.opened.spec != spec:
