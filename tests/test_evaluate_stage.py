@@ -249,6 +249,25 @@ def test_metric_that_is_maximised_is_told_in_its_own_unit(tmp_path: Path) -> Non
     assert first["mean"] > second["mean"] or second["folds"] < 5  # type: ignore[operator]
 
 
+class NearlyRight(fakes.FakeExecutor):
+    """Each fold but the last is all right."""
+
+    def _fold(self, job: FoldJob) -> Result:
+        result = super()._fold(job)
+        right = 0.75 if job.fold == 4 else 1.0
+        rows = tuple(dataclasses.replace(row, metrics={**row.metrics, "val_accuracy": right}) for row in result.epochs)
+        return dataclasses.replace(result, epochs=rows)
+
+
+def test_interval_of_a_proportion_ends_where_proportions_do(tmp_path: Path) -> None:
+    accuracy = "metric={name: val_accuracy, goal: maximize}"
+    state = run(tmp_path, accuracy, make_executor=lambda spec, folder: NearlyRight())
+    assert state.evaluated is not None
+    row = state.evaluated.standings[0]
+    assert row["mean"] == pytest.approx(0.95)
+    assert 0.0 < row["low"] < row["corrected"] < row["high"] == 1.0  # type: ignore[operator]
+
+
 def test_verdict_tells_each_candidate_with_its_interval_and_who_was_given_up(tmp_path: Path) -> None:
     state = run(tmp_path)
     outcome = verdict(state, run_dir="runs/folded", wall_s=0.0, stages_s={}, mlflow={})

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from hpsearch.events import Confirmed, Evaluated, Event, Finished
 from hpsearch.intervals import mean_interval
 from hpsearch.job import ConfirmJob, Job
+from hpsearch.metric_names import clipped
 from hpsearch.racing import Standing, next_run, standings
 from hpsearch.sampler import derived_seed
 from hpsearch.stages import may_reorder
@@ -190,10 +191,9 @@ class Confirm:
             return None, None
         half = standing.corrected - standing.low
         centre = sign * standing.corrected
-        return (
-            centre - math.hypot(of_rows.value - of_rows.low, half),
-            centre + math.hypot(of_rows.high - of_rows.value, half),
-        )
+        low = centre - math.hypot(of_rows.value - of_rows.low, half)
+        high = centre + math.hypot(of_rows.high - of_rows.value, half)
+        return clipped(metric, low, seen=centre), clipped(metric, high, seen=centre)
 
 
 def confirm_key(trial: int, epochs: int, index: int) -> str:

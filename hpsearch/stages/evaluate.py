@@ -15,6 +15,7 @@ from hpsearch.errors import PreflightError
 from hpsearch.events import Evaluated, Event, Finished
 from hpsearch.fold_race import FEWEST_ROWS, FoldStanding, fold_standings, wanted_folds
 from hpsearch.job import FoldJob, Job, fold_key
+from hpsearch.metric_names import clipped
 from hpsearch.sampler import derived_seed
 from hpsearch.stages import may_reorder
 from hpsearch.state import StudyState
@@ -29,6 +30,7 @@ class EvaluateSettings:
     folds: int
     repeats: int
     study_seed: int
+    metric: str  # the study's metric without its split
     goal: Literal["minimize", "maximize"]
 
     @property
@@ -156,12 +158,14 @@ class Evaluate:
         trial = self._state.trials[standing.trial]
         sign = 1.0 if self._settings.goal == "minimize" else -1.0
         assert trial.best_objective is not None
-        bounds = sorted(sign * bound for bound in (standing.low, standing.high) if bound is not None)
+        metric, mean = self._settings.metric, sign * standing.mean
+        ends = (sign * end for end in (standing.low, standing.high) if end is not None)
+        bounds = sorted(clipped(metric, end, seen=mean) for end in ends)
         return {
             "trial": standing.trial,
             "searched": sign * trial.best_objective,
-            "mean": sign * standing.mean,
-            "corrected": sign * standing.corrected,
+            "mean": mean,
+            "corrected": clipped(metric, sign * standing.corrected, seen=mean),
             "low": bounds[0] if bounds else None,
             "high": bounds[-1] if bounds else None,
             "epoch": standing.epoch,
