@@ -182,6 +182,7 @@ def make_stages(
                 spec.evaluate.trials if spec.evaluate.enabled else 0,
             ),
             combine=spec.ensemble.enabled,
+            cut=spec.cuts_val,
         )
         stages.append(EnsembleStage(settings, state, arrays=_verified(blobs, state)))
     return stages

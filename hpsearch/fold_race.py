@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 
+FEWEST_ROWS = 2  # of a fold
 FEWEST_FOLDS = 3  # of every candidate: from two, next to nothing can be told
 GIVEN_UP = 0.05  # chance at which a candidate as good as the leader would look as bad
 DRAWS = 4_000  # of the means, for the chances; their error is below 0.01

@@ -194,7 +194,7 @@ class StudyState:
     def leaders(self) -> tuple[int, ...]:
         """Trials whose order was looked into after the search, the best first, by the last word on it; empty where the
         search's own scores decide."""
-        if self.confirmed is not None:
+        if self.confirmed_order:
             return self.confirmed_order
         rows = self.evaluated.standings if self.evaluated is not None else ()
         return tuple(int(str(row["trial"])) for row in rows)

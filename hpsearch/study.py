@@ -28,6 +28,7 @@ from hpsearch.keeping import Admission, Keeping
 from hpsearch.leases import INHERIT_S, MOST_DEATHS, LeaseBook, Seat
 from hpsearch.mirror import Mirror
 from hpsearch.stages import FillsLanes, Stage
+from hpsearch.stages.evaluate import Evaluate
 from hpsearch.stages.preflight import Preflight
 from hpsearch.stages.search import Search
 from hpsearch.state import StudyState
@@ -160,14 +161,23 @@ class Study:
             known = self._state.data
             if known is None:
                 self._record(DataSeen(info=dataclasses.asdict(info)))
+                self._refuse_few_rows()
                 self._advance()
             elif known.fingerprint != info.fingerprint or known.n_rows != info.n_rows:
                 rows = "" if info.n_rows == known.n_rows else f" (rows {info.n_rows}, the study's {known.n_rows})"
                 first = "the first worker got" if len(self._state.resumed_at) == 1 else "this study began with"
                 return Assignment(error=f"Task.data() gave {worker} other data than {first}{rows}")
+            else:
+                self._refuse_few_rows()
             self._changed.notify_all()
         self._commit_now()
         return Assignment()
+
+    def _refuse_few_rows(self) -> None:
+        for stage in self._stages:
+            refusal = stage.refusal() if isinstance(stage, Evaluate) else None
+            if refusal is not None:
+                self._fail_locked(refusal)
 
     def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0, beside: Job | None = None) -> Assignment:
         """Up to `slots` jobs; empty when `timeout_s` passed without one.
@@ -634,7 +644,7 @@ class Study:
             self._changed.notify_all()
 
     def _look_for_common_crash(self, event: Finished) -> None:
-        if event.outcome == "crashed":
+        if event.outcome == "crashed" and not event.key.startswith("fold/"):  # there it takes its config out of a race
             subject = event.key if event.trial is None else str(event.trial)
             self._crashes.append(Crash(subject=subject, message=event.message, frame=event.frame))
             error = common_crash(self._crashes, CRASHES_TO_STOP)

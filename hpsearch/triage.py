@@ -37,8 +37,8 @@ def common_crash(crashes: Sequence[Crash], n_subjects: int) -> UserCodeError | N
             return UserCodeError(
                 crash.message,
                 frame=crash.frame,
-                hint=f"the same error ended {n_subjects} jobs, so the study was stopped; mend the task, "
-                "then launch again with --resume (after a change of data() or of space.yaml: with a new --run-dir)",
+                hint=f"the same error ended {n_subjects} jobs, so the study was stopped; mend the task "
+                "or space.yaml, then launch again with --resume (after a change of data(): with a new --run-dir)",
             )
     return None
 

@@ -192,7 +192,18 @@ def own_config(state: StudyState) -> dict[str, object] | None:
         "val": val_metrics(own),
         "test": measured_metrics(state, "test", [(own.number, 1.0)]),
         "gain": over if over.get("trial") == own.number else None,
+        "untold": _untold(state, own),
     }
+
+
+def _untold(state: StudyState, own: TrialRecord) -> str | None:
+    """Why the winner's lead over the user's own config cannot be told; None where it can, or is not known yet."""
+    compared, n_rows = state.compared, state.data.n_rows if state.data is not None else {}
+    if compared is None or compared.over_own or "test" in n_rows or state.opened is None or not own.usable:
+        return None
+    if Spec.from_dump(dict(state.opened.spec)).cuts_val and not state.confirmed_order:
+        return None
+    return "whether the winner beats it is not told: there is no test split, and all other rows had a part in choosing"
 
 
 def _standing(ranked: Evaluated | Confirmed | None, trial: int) -> Mapping[str, object] | None:

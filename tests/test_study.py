@@ -666,8 +666,8 @@ def test_same_crash_of_three_trials_stops_the_study(make: Callable[..., Study], 
     assert isinstance(study.failure, UserCodeError)
     assert str(study.failure) == (
         "error[task]: t.py:3 in model: ValueError: 3\n"
-        "  hint: the same error ended 3 jobs, so the study was stopped; mend the task, then launch again with --resume "
-        "(after a change of data() or of space.yaml: with a new --run-dir)"
+        "  hint: the same error ended 3 jobs, so the study was stopped; mend the task or space.yaml, then launch again "
+        "with --resume (after a change of data(): with a new --run-dir)"
     )
     assert study.pull("w").ended
     study.close()

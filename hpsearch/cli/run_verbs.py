@@ -229,7 +229,8 @@ def own_config_lines(state: StudyState) -> list[str]:
     if state.selected is not None and state.selected.best == own["trial"]:
         return [f"{told}: it is the winner"]
     if state.selected is None or not isinstance(gain, Mapping):
-        return [told]
+        untold = state.compared is not None and own["untold"]
+        return [f"{told}; {untold}" if untold else told]
     word = {True: "better", False: "worse"}.get(gain["better"])
     by = f"{gain['split']} {gain['metric']} differs by {interval(gain['value'], gain)}"
     winner = f"the winner, trial {state.selected.best}"

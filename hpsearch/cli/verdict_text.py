@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hpsearch.cli.output import interval, number, table, tool
@@ -126,7 +126,19 @@ def _evaluated_lines(state: StudyState) -> list[str]:
     if found.out:
         told = ", ".join(map(str, found.out))
         lines.append(f"note: out of the race, since training on some fold went wrong: trial {told}")
+        lines += [f"  {why}" for why in _faults(state, found.out)]
     return lines
+
+
+def _faults(state: StudyState, trials: Sequence[int]) -> list[str]:
+    """What went wrong on the folds of some trials, each message once, with the first trial that met it."""
+    first: dict[str, int] = {}
+    for number in trials:
+        for key, run in state.results.items():
+            if key.startswith(f"fold/{number}/") and run.outcome != "done":
+                first.setdefault(run.message, number)
+                break
+    return [f"trial {number}: {message}" for message, number in first.items()]
 
 
 def _confirmed_lines(state: StudyState) -> list[str]:

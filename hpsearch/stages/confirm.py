@@ -96,10 +96,12 @@ class Confirm:
         return [trial for trial in self._best if all(self._is_sound(run) for run in self._runs(trial).values())]
 
     def _the_best(self) -> list[TrialRecord]:
-        """The first few: by folds where these were trained, else by the search's own score."""
-        if self._state.evaluated is None:
+        """The first few: by folds, without those that were given up there, else by the search's own score."""
+        evaluated = self._state.evaluated
+        if evaluated is None or not evaluated.standings:
             return self._state.candidates(self._settings.trials)
-        ranked = [self._state.trials[int(str(row["trial"]))] for row in self._state.evaluated.standings]
+        rows = [row for row in evaluated.standings if row["chance"] is not None]
+        ranked = [self._state.trials[int(str(row["trial"]))] for row in rows]
         return [trial for trial in ranked if trial.usable][: self._settings.trials]
 
     def _is_sound(self, run: Finished) -> bool:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from hpsearch.errors import PreflightError
 from hpsearch.events import Evaluated, Event, Finished
-from hpsearch.fold_race import FoldStanding, fold_standings, wanted_folds
+from hpsearch.fold_race import FEWEST_ROWS, FoldStanding, fold_standings, wanted_folds
 from hpsearch.job import FoldJob, Job, fold_key
 from hpsearch.sampler import derived_seed
 from hpsearch.stages import may_reorder
@@ -54,6 +55,19 @@ class Evaluate:
 
     def lost(self, worker: str) -> None:
         """A run lives in no worker's memory: it is trained from its start again."""
+
+    def refusal(self) -> PreflightError | None:
+        """Why there can be no such folds, as soon as it is known how many rows there are."""
+        data = self._state.data
+        n_rows = 0 if data is None else data.n_rows.get("train", 0) + data.n_rows.get("val", 0)
+        if data is None or n_rows >= FEWEST_ROWS * self._settings.folds:
+            return None
+        most = n_rows // FEWEST_ROWS
+        return PreflightError(
+            f"evaluate asks for {self._settings.folds} folds, and train and val have {n_rows} rows together: a fold "
+            f"needs at least {FEWEST_ROWS}",
+            hint=f"write folds: {most}, or fewer, under `evaluate`" if most > 1 else "leave `evaluate` out",
+        )
 
     def next_job(self, worker: str) -> Job | None:
         if self._state.evaluated is not None:

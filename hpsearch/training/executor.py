@@ -314,12 +314,18 @@ class TorchExecutor:
         if self._folds is None:
             self._folds = Folds(self._data, study_seed=self._study_seed)
         data = self._folds.without(job.fold, folds=job.folds, repeat=job.repeat)
-        with self._afresh(job, job.epochs, fetch, progress, best=NO_EPOCH, data=data) as (curve, _):
-            pass
+        missing = self._folds.missing_class(data, job.folds)
+        try:
+            with self._afresh(job, job.epochs, fetch, progress, best=NO_EPOCH, data=data) as (curve, _):
+                pass
+        except UserCodeError as error:
+            if missing:  # the likeliest cause of a metric that has no value, in the search's own splits it had one
+                error.message, error.hint = f"{error.message}; {missing}", "write fewer folds under `evaluate`"
+            raise
         values = {"n_rows": dict(data.info.n_rows)}
         if curve.diverged:
-            rows = tuple(curve.rows)
-            return Result(key=job.key, outcome="diverged", values=values, epochs=rows, message=curve.diverged)
+            rows, why = tuple(curve.rows), f"{curve.diverged}; {missing}" if missing else curve.diverged
+            return Result(key=job.key, outcome="diverged", values=values, epochs=rows, message=why)
         return Result(key=job.key, values=values, epochs=tuple(curve.rows))
 
     @contextmanager

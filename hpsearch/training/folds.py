@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, TensorDataset
 
 from hpsearch.errors import UserCodeError
+from hpsearch.fold_race import FEWEST_ROWS
 from hpsearch.training.data import StudyData, epoch_seed
 from hpsearch.training.splits import Items, Rows, Split
-
-FEWEST_ROWS = 2  # of a fold
 
 
 def fold_rows(targets: Tensor | None, n_rows: int, *, folds: int, repeat: int, seed: int) -> tuple[Tensor, ...]:
@@ -69,6 +68,21 @@ class Folds:
         cut = self._data.recut({"train": pool.take(others), "val": pool.take(rows[fold])})
         cut.on_batch = self._alive
         return cut
+
+    def missing_class(self, held_out: StudyData, folds: int) -> str:
+        """Which class has no row in a fold, in words, the rarest of several; "" where none is missing, or nothing is
+        known of classes."""
+        pool, n_classes = self._pool, self._data.info.n_classes
+        if pool is None or n_classes is None or pool.y is None:
+            return ""
+        of_all = torch.bincount(pool.y.reshape(-1), minlength=n_classes).tolist()
+        of_fold = torch.bincount(held_out.targets("val").reshape(-1), minlength=n_classes).tolist()
+        missing = [number for number in range(n_classes) if of_all[number] and not of_fold[number]]
+        if not missing:
+            return ""
+        rarest = min(missing, key=lambda number: (of_all[number], number))
+        rows = f"{of_all[rarest]} row{'' if of_all[rarest] == 1 else 's'}"
+        return f"class {rarest} is not in this fold: train and val have {rows} of it, for {folds} folds"
 
     def _alive(self) -> None:
         if self._data.on_batch is not None:
