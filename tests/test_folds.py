@@ -119,6 +119,24 @@ def test_dataset_beside_tensors_is_cut_too() -> None:
     assert values(Folds(data_of(mixed), study_seed=0).without(3, folds=5, repeat=1), "val") == values(of_tensors, "val")
 
 
+class Plain(Seen):
+    """Gives an array and a plain number."""
+
+    def __getitem__(self, row: int) -> tuple[Any, Any]:
+        return self.x[row].double().numpy(), int(self.y[row])
+
+
+@pytest.mark.parametrize("seeds", [(1,), (2,), (1, 2)], ids=["train", "val", "both"])
+def test_dataset_of_arrays_and_numbers_beside_tensors_gives_batches_of_both(seeds: tuple[int, ...]) -> None:
+    mixed = small(lambda n, seed: Plain(*numbered(n, seed)) if seed in seeds else numbered(n, seed))
+    of_tensors = Folds(data_of(small()), study_seed=0).without(3, folds=5, repeat=1)
+    cut = Folds(data_of(mixed), study_seed=0).without(3, folds=5, repeat=1)
+    for split in ("train", "val"):
+        assert values(cut, split) == values(of_tensors, split)
+        for (x, y), (its_x, its_y) in zip(cut.batches(split), of_tensors.batches(split), strict=True):
+            assert (x.dtype, y.dtype) == (its_x.dtype, its_y.dtype)
+
+
 def test_too_few_rows_are_refused_with_what_there_are() -> None:
     with pytest.raises(UserCodeError, match="train and val have 40 rows together, too few for 21 folds of at least 2"):
         Folds(data_of(small()), study_seed=0).without(0, folds=21, repeat=0)

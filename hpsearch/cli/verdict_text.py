@@ -133,12 +133,12 @@ def _evaluated_lines(state: StudyState) -> list[str]:
 def _faults(state: StudyState, trials: Sequence[int]) -> list[str]:
     """What went wrong on the folds of some trials, each message once, with the first trial that met it."""
     first: dict[str, int] = {}
-    for number in trials:
+    for trial in trials:
         for key, run in state.results.items():
-            if key.startswith(f"fold/{number}/") and run.outcome != "done":
-                first.setdefault(run.message, number)
+            if key.startswith(f"fold/{trial}/") and run.outcome != "done":
+                first.setdefault(run.message, trial)
                 break
-    return [f"trial {number}: {message}" for message, number in first.items()]
+    return [f"trial {trial}: {message}" for message, trial in first.items()]
 
 
 def _confirmed_lines(state: StudyState) -> list[str]:
