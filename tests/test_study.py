@@ -231,7 +231,7 @@ def test_progress_keeps_a_lease_alive(make: Callable[..., Study], clock: Clock) 
     job = take(study, "slow")
     for _ in range(4):
         clock.now += study.pull("slow", slots=0).first_lease_s - 1
-        study.progress("slow", job.key)
+        study.progress("slow", [job.key])
         assert study.pull("other", slots=0).jobs == ()
     assert job.key in study.state.leases
     study.push("slow", [answer(job)])
@@ -241,7 +241,7 @@ def test_progress_keeps_a_lease_alive(make: Callable[..., Study], clock: Clock) 
 def test_progress_of_an_unknown_job_is_passed_over(make: Callable[..., Study], clock: Clock) -> None:
     study = make()
     study.hello("w", INFO)
-    study.progress("w", "train/99/0-1")
+    study.progress("w", ["train/99/0-1"])
     clock.now = 10 * FIRST_LEASE_S
     assert take(study, "w").trial == 0
 
@@ -267,7 +267,7 @@ def test_lease_is_several_of_the_longest_silence_that_ended_well(make: Callable[
     job = take(study, "w")
     for _ in range(3):
         clock.now += 20.0
-        study.progress("w", job.key)
+        study.progress("w", [job.key])
     told = study.pull("x", slots=0)
     assert (told.lease_s, told.first_lease_s) == (200.0, 300.0)
     clock.now += 200.0
@@ -355,11 +355,11 @@ def test_sign_of_life_after_the_lease_takes_the_job_back_unless_another_has_it(
     job = take(study, "slow")
     clock.now = FIRST_LEASE_S + 1
     study.pull("other", slots=0)
-    study.progress("slow", job.key)
+    study.progress("slow", [job.key])
     assert study.state.leases[job.key].worker == "slow"
     study.lost("slow")
     assert take(study, "other") == job
-    study.progress("slow", job.key)
+    study.progress("slow", [job.key])
     assert study.state.leases[job.key].worker == "other"
 
 
@@ -388,7 +388,7 @@ def test_restarted_study_leaves_jobs_with_workers_that_announce_them(
     first._journal.commit()
     study = reopened(tmp_path, clock)
     assert study.workers()["alive"] == Seat(node="n1", pid=11, alive=True)
-    study.progress("alive", kept.key)
+    study.progress("alive", [kept.key])
     assert take(study, "new") not in (kept, dropped)
     clock.now += INHERIT_S + 1
     assert take(study, "new") == dropped
