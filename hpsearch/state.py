@@ -194,7 +194,7 @@ class StudyState:
     def leaders(self) -> tuple[int, ...]:
         """Trials whose order was looked into after the search, the best first, by the last word on it; empty where the
         search's own scores decide."""
-        if self.confirmed is not None:
+        if self.confirmed_order:
             return self.confirmed_order
         rows = self.evaluated.standings if self.evaluated is not None else ()
         return tuple(int(str(row["trial"])) for row in rows)
@@ -341,8 +341,8 @@ class StudyState:
                 self.confirmed = self.selected = self.compared = None
             if _asked(self.opened.spec, "evaluate") != _asked(spec, "evaluate"):
                 self.evaluated = self.confirmed = self.selected = self.compared = None
-            if self.opened.spec.get("baseline") != spec.get("baseline"):
-                self.compared = None  # it is told against the other config
+            if spec.get("baseline") not in (None, self.opened.spec.get("baseline")):
+                self.compared = None  # it is told against the other config; against none, nothing has to be told anew
             if _part(self.opened.spec, "budget", ("disk",)) != _part(spec, "budget", ("disk",)):
                 self._make_room()
             if self.opened.spec != spec:

@@ -28,6 +28,7 @@ from hpsearch.keeping import Admission, Keeping
 from hpsearch.leases import INHERIT_S, MOST_DEATHS, LeaseBook, Seat
 from hpsearch.mirror import Mirror
 from hpsearch.stages import FillsLanes, Stage
+from hpsearch.stages.evaluate import Evaluate
 from hpsearch.stages.preflight import Preflight
 from hpsearch.stages.search import Search
 from hpsearch.state import StudyState
@@ -160,14 +161,23 @@ class Study:
             known = self._state.data
             if known is None:
                 self._record(DataSeen(info=dataclasses.asdict(info)))
+                self._refuse_few_rows()
                 self._advance()
             elif known.fingerprint != info.fingerprint or known.n_rows != info.n_rows:
                 rows = "" if info.n_rows == known.n_rows else f" (rows {info.n_rows}, the study's {known.n_rows})"
                 first = "the first worker got" if len(self._state.resumed_at) == 1 else "this study began with"
                 return Assignment(error=f"Task.data() gave {worker} other data than {first}{rows}")
+            else:
+                self._refuse_few_rows()
             self._changed.notify_all()
         self._commit_now()
         return Assignment()
+
+    def _refuse_few_rows(self) -> None:
+        for stage in self._stages:
+            refusal = stage.refusal() if isinstance(stage, Evaluate) else None
+            if refusal is not None:
+                self._fail_locked(refusal)
 
     def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0, beside: Job | None = None) -> Assignment:
         """Up to `slots` jobs; empty when `timeout_s` passed without one.
@@ -223,15 +233,21 @@ class Study:
         else:
             self._take_in([(worker, result) for result in results])
 
-    def progress(self, worker: str, key: str) -> None:
-        """A job is alive: some of its batches are done. Announces the job to a study that does not know of it."""
+    def progress(self, worker: str, keys: Sequence[str], waiting: Sequence[str] = ()) -> None:
+        """A worker is at work. Announces its jobs to a study that does not know of them.
+
+        Args:
+            keys: jobs of which some batches are done.
+            waiting: other jobs in its hands.
+        """
         with self._changed:
             self._unheard.discard(worker)
-            lease = self._state.leases.get(key)
-            if lease is not None and lease.worker == worker:
-                self._book.heard(key, self._clock())
-            elif lease is None and not self._ended and worker not in self._gone and key not in self._pushed:
-                self._adopt(worker, key)
+            for key in (*keys, *waiting):
+                lease = self._state.leases.get(key)
+                if lease is not None and lease.worker == worker:
+                    self._book.heard(key, self._clock(), waiting=key not in keys)
+                elif lease is None and not self._ended and worker not in self._gone and key not in self._pushed:
+                    self._adopt(worker, key)
 
     def fetch(self, ref: str) -> bytes:
         """A blob's content.
@@ -351,6 +367,7 @@ class Study:
             if suspect and (jobs or held):
                 break  # should this process die as well, there must be no doubt of what
             self._lease(job, worker, beside)
+            self._note_budget()  # the next asks for more than what is leased by now
             jobs.append(job)
             if suspect:
                 break
@@ -634,7 +651,7 @@ class Study:
             self._changed.notify_all()
 
     def _look_for_common_crash(self, event: Finished) -> None:
-        if event.outcome == "crashed":
+        if event.outcome == "crashed" and not event.key.startswith("fold/"):  # there it takes its config out of a race
             subject = event.key if event.trial is None else str(event.trial)
             self._crashes.append(Crash(subject=subject, message=event.message, frame=event.frame))
             error = common_crash(self._crashes, CRASHES_TO_STOP)

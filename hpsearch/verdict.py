@@ -13,6 +13,7 @@ from hpsearch.space_diagnosis import Remark, findings, reference, remarks
 from hpsearch.spec import Spec
 from hpsearch.state import StudyState
 from hpsearch.trial import TrialRecord, TrialState
+from hpsearch.winner import winner
 
 STAGE_NAMES = ("preflight", "lr_range", "search", "baselines", "evaluate", "confirm", "ensemble")
 ALWAYS_TOLD = ("lr_range", "search", "ensemble")  # though they took no time
@@ -125,11 +126,16 @@ def space_remarks(state: StudyState) -> tuple[Remark, ...]:
 
 
 def top(state: StudyState, k: int | None = None) -> list[dict[str, object]]:
-    """The ranking, best first, diverged and failed last; all of it without `k`."""
+    """The ranking of the search, best first, diverged and failed last; all of it without `k`.
+
+    The winner is marked once the ensemble is chosen: fresh seeds or folds may have another opinion than the search.
+    """
     known = reference(state, state.baseline_loss)
+    best = winner(state)
     return [
         {
             "trial": trial.number,
+            "winner": best is not None and best.final and best.trial == trial.number,
             "config": trial.config,
             "state": str(trial.state),
             "baseline": trial.baseline,
@@ -156,8 +162,9 @@ def measured_metrics(state: StudyState, split: str, members: Sequence[tuple[int,
 
 
 def _single(state: StudyState) -> TrialRecord | None:
-    """The best single trial: as it was when the ensemble was chosen, or as of now."""
-    return state.trials[state.selected.best] if state.selected is not None else state.best()
+    """The best single trial: as it was when the ensemble was chosen, or as far as the study has come."""
+    found = winner(state)
+    return None if found is None else state.trials[found.trial]
 
 
 def _best(state: StudyState) -> dict[str, object] | None:
@@ -171,8 +178,26 @@ def _best(state: StudyState) -> dict[str, object] | None:
         "val": val_metrics(best),
         "test": measured_metrics(state, "test", [(best.number, 1.0)]),
         "test_intervals": _intervals(state, "best"),
+        "chosen": chosen(state),
         "evaluated": _standing(state.evaluated, best.number),
         "confirmed": _standing(state.confirmed, best.number),
+    }
+
+
+def chosen(state: StudyState) -> dict[str, object] | None:
+    """By what the best trial is the best, and who is so by the search alone; None before any trial can be used."""
+    found = winner(state)
+    if found is None:
+        return None
+    return {
+        "by": found.by,
+        "metric": found.metric,
+        "value": found.value,
+        "scores": found.n_scores,
+        "place": found.place,
+        "of": found.of,
+        "final": found.final,
+        "searched_best": found.searched,
     }
 
 
@@ -192,7 +217,18 @@ def own_config(state: StudyState) -> dict[str, object] | None:
         "val": val_metrics(own),
         "test": measured_metrics(state, "test", [(own.number, 1.0)]),
         "gain": over if over.get("trial") == own.number else None,
+        "untold": _untold(state, own),
     }
+
+
+def _untold(state: StudyState, own: TrialRecord) -> str | None:
+    """Why the winner's lead over the user's own config cannot be told; None where it can, or is not known yet."""
+    compared, n_rows = state.compared, state.data.n_rows if state.data is not None else {}
+    if compared is None or compared.over_own or "test" in n_rows or state.opened is None or not own.usable:
+        return None
+    if Spec.from_dump(dict(state.opened.spec)).cuts_val and not state.confirmed_order:
+        return None
+    return "whether the winner beats it is not told: there is no test split, and all other rows had a part in choosing"
 
 
 def _standing(ranked: Evaluated | Confirmed | None, trial: int) -> Mapping[str, object] | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from hpsearch.events import Confirmed, Evaluated, Event, Finished
 from hpsearch.intervals import mean_interval
 from hpsearch.job import ConfirmJob, Job
+from hpsearch.metric_names import clipped
 from hpsearch.racing import Standing, next_run, standings
 from hpsearch.sampler import derived_seed
 from hpsearch.stages import may_reorder
@@ -96,10 +97,12 @@ class Confirm:
         return [trial for trial in self._best if all(self._is_sound(run) for run in self._runs(trial).values())]
 
     def _the_best(self) -> list[TrialRecord]:
-        """The first few: by folds where these were trained, else by the search's own score."""
-        if self._state.evaluated is None:
+        """The first few: by folds, without those that were given up there, else by the search's own score."""
+        evaluated = self._state.evaluated
+        if evaluated is None or not evaluated.standings:
             return self._state.candidates(self._settings.trials)
-        ranked = [self._state.trials[int(str(row["trial"]))] for row in self._state.evaluated.standings]
+        rows = [row for row in evaluated.standings if row["chance"] is not None]
+        ranked = [self._state.trials[int(str(row["trial"]))] for row in rows]
         return [trial for trial in ranked if trial.usable][: self._settings.trials]
 
     def _is_sound(self, run: Finished) -> bool:
@@ -168,6 +171,7 @@ class Confirm:
         return {
             "trial": standing.trial,
             "searched": searched,
+            "mean": sign * standing.mean,
             "confirmed": confirmed,
             "low": low,
             "high": high,
@@ -188,10 +192,9 @@ class Confirm:
             return None, None
         half = standing.corrected - standing.low
         centre = sign * standing.corrected
-        return (
-            centre - math.hypot(of_rows.value - of_rows.low, half),
-            centre + math.hypot(of_rows.high - of_rows.value, half),
-        )
+        low = centre - math.hypot(of_rows.value - of_rows.low, half)
+        high = centre + math.hypot(of_rows.high - of_rows.value, half)
+        return clipped(metric, low, seen=centre), clipped(metric, high, seen=centre)
 
 
 def confirm_key(trial: int, epochs: int, index: int) -> str:
