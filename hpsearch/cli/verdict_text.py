@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hpsearch.cli.output import interval, number, table, tool
 from hpsearch.cli.run_verbs import counts_line, own_config_lines, remark_lines
+from hpsearch.events import Confirmed, Evaluated
 from hpsearch.state import StudyState
 from hpsearch.tracker.outbox import redact
 from hpsearch.verdict import baselines
@@ -121,13 +122,23 @@ def _evaluated_lines(state: StudyState) -> list[str]:
         ]
         for row in found.standings
     ]
-    header = ["cross-validated", "searched", "mean of folds", "epoch", "folds", "chance to be the best"]
+    header = ["cross-validated", "searched", "mean of folds", "folds' epoch", "folds", "chance to be the best"]
     lines = ["", *table(header, rows).splitlines()] if rows else []
+    lines += _cut_short("cross-validation", found, "folds of each")
     if found.out:
         told = ", ".join(map(str, found.out))
         lines.append(f"note: out of the race, since training on some fold went wrong: trial {told}")
         lines += [f"  {why}" for why in _faults(state, found.out)]
     return lines
+
+
+def _cut_short(what: str, found: Evaluated | Confirmed, of: str) -> list[str]:
+    """How a stage went that a budget ended; nothing of one that was not."""
+    if not found.reason:
+        return []
+    if found.standings:
+        return [f"note: {what} was ended by {found.reason}; the order is by what there was"]
+    return [f"note: {what} was ended by {found.reason}, with too few {of} to tell: the order before it stands"]
 
 
 def _faults(state: StudyState, trials: Sequence[int]) -> list[str]:
@@ -158,6 +169,7 @@ def _confirmed_lines(state: StudyState) -> list[str]:
     ]
     header = ["confirmed", "searched", "fresh seeds, fresh rows", "optimism", "seeds", "chance to be the best"]
     lines = ["", *table(header, rows).splitlines()] if rows else []
+    lines += _cut_short("confirmation", state.confirmed, "fresh seeds of each")
     if state.confirmed.out:
         told = ", ".join(map(str, state.confirmed.out))
         lines.append(f"note: out of the race, since a fresh run went wrong: trial {told}")
