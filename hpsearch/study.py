@@ -234,15 +234,21 @@ class Study:
         else:
             self._take_in([(worker, result) for result in results])
 
-    def progress(self, worker: str, key: str) -> None:
-        """A job is alive: some of its batches are done. Announces the job to a study that does not know of it."""
+    def progress(self, worker: str, keys: Sequence[str], waiting: Sequence[str] = ()) -> None:
+        """A worker is at work. Announces its jobs to a study that does not know of them.
+
+        Args:
+            keys: jobs of which some batches are done.
+            waiting: other jobs in its hands.
+        """
         with self._changed:
             self._unheard.discard(worker)
-            lease = self._state.leases.get(key)
-            if lease is not None and lease.worker == worker:
-                self._book.heard(key, self._clock())
-            elif lease is None and not self._ended and worker not in self._gone and key not in self._pushed:
-                self._adopt(worker, key)
+            for key in (*keys, *waiting):
+                lease = self._state.leases.get(key)
+                if lease is not None and lease.worker == worker:
+                    self._book.heard(key, self._clock(), waiting=key not in keys)
+                elif lease is None and not self._ended and worker not in self._gone and key not in self._pushed:
+                    self._adopt(worker, key)
 
     def fetch(self, ref: str) -> bytes:
         """A blob's content.
@@ -362,6 +368,7 @@ class Study:
             if suspect and (jobs or held):
                 break  # should this process die as well, there must be no doubt of what
             self._lease(job, worker, beside)
+            self._note_budget()  # the next asks for more than what is leased by now
             jobs.append(job)
             if suspect:
                 break

@@ -13,6 +13,7 @@ from hpsearch.space_diagnosis import Remark, findings, reference, remarks
 from hpsearch.spec import Spec
 from hpsearch.state import StudyState
 from hpsearch.trial import TrialRecord, TrialState
+from hpsearch.winner import winner
 
 STAGE_NAMES = ("preflight", "lr_range", "search", "baselines", "evaluate", "confirm", "ensemble")
 ALWAYS_TOLD = ("lr_range", "search", "ensemble")  # though they took no time
@@ -127,11 +128,16 @@ def space_remarks(state: StudyState) -> tuple[Remark, ...]:
 
 
 def top(state: StudyState, k: int | None = None) -> list[dict[str, object]]:
-    """The ranking, best first, diverged and failed last; all of it without `k`."""
+    """The ranking of the search, best first, diverged and failed last; all of it without `k`.
+
+    The winner is marked once the ensemble is chosen: fresh seeds or folds may have another opinion than the search.
+    """
     known = reference(state, state.baseline_loss)
+    best = winner(state)
     return [
         {
             "trial": trial.number,
+            "winner": best is not None and best.final and best.trial == trial.number,
             "config": trial.config,
             "state": str(trial.state),
             "baseline": trial.baseline,
@@ -158,8 +164,9 @@ def measured_metrics(state: StudyState, split: str, members: Sequence[tuple[int,
 
 
 def _single(state: StudyState) -> TrialRecord | None:
-    """The best single trial: as it was when the ensemble was chosen, or as of now."""
-    return state.trials[state.selected.best] if state.selected is not None else state.best()
+    """The best single trial: as it was when the ensemble was chosen, or as far as the study has come."""
+    found = winner(state)
+    return None if found is None else state.trials[found.trial]
 
 
 def _best(state: StudyState) -> dict[str, object] | None:
@@ -173,8 +180,26 @@ def _best(state: StudyState) -> dict[str, object] | None:
         "val": val_metrics(best),
         "test": measured_metrics(state, "test", [(best.number, 1.0)]),
         "test_intervals": _intervals(state, "best"),
+        "chosen": chosen(state),
         "evaluated": _standing(state.evaluated, best.number),
         "confirmed": _standing(state.confirmed, best.number),
+    }
+
+
+def chosen(state: StudyState) -> dict[str, object] | None:
+    """By what the best trial is the best, and who is so by the search alone; None before any trial can be used."""
+    found = winner(state)
+    if found is None:
+        return None
+    return {
+        "by": found.by,
+        "metric": found.metric,
+        "value": found.value,
+        "scores": found.n_scores,
+        "place": found.place,
+        "of": found.of,
+        "final": found.final,
+        "searched_best": found.searched,
     }
 
 

@@ -357,7 +357,7 @@ def test_verdict_tells_each_candidate_with_its_interval_and_who_was_given_up(tmp
     state = run(tmp_path)
     outcome = verdict(state, run_dir="runs/folded", wall_s=0.0, stages_s={}, mlflow={})
     lines = verdict_text(state, outcome, None, None).splitlines()
-    header = next(i for i, line in enumerate(lines) if "mean of folds" in line)
+    header = next(i for i, line in enumerate(lines) if "mean loss of folds" in line)
     assert state.evaluated is not None
     told = [line.split() for line in lines[header + 1 : header + 5]]
     assert [words[:2] for words in told] == [["trial", str(row["trial"])] for row in state.evaluated.standings]

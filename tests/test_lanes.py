@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -116,6 +117,18 @@ class DropoutMlp(nn.Module):
         return self.head(self.channels(x.unflatten(1, (8, 3))).flatten(1))
 
 
+class Transposed(nn.Module):
+    """Dropout on what lies in memory in another order than in its dimensions."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.conv, self.dropout, self.head = nn.Conv1d(1, 4, 3, padding=1), nn.Dropout(0.4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(self.conv(x.unsqueeze(1)).transpose(1, 2))
+        return self.head(self.dropout(x[:, ::2]).mean(dim=1))
+
+
 class Cnn(nn.Module):
     """The convolutions before batch norm have no bias: its gradient is rounding alone, which Adam makes steps of."""
 
@@ -185,12 +198,13 @@ RNN = {"gradients": "each", "outputs": "vjp"}
     [
         (Mlp, networks.classes, {}),
         (DropoutMlp, networks.classes, {}),
+        (Transposed, networks.classes, {}),
         (Cnn, networks.images, {}),
         (lambda _: Recurrent(nn.GRU), networks.sequences, RNN),
         (lambda _: Recurrent(nn.LSTM), networks.sequences, RNN),
         (Bag, padded, {"gradients": "each"}),
     ],
-    ids=["mlp", "dropout", "cnn", "gru", "lstm", "embedding"],
+    ids=["mlp", "dropout", "transposed", "cnn", "gru", "lstm", "embedding"],
 )
 def test_each_lane_is_the_trial_that_it_would_be_alone(network: Any, rows: Any, route: dict[str, str]) -> None:
     assert_equivalent(task(network, rows), VARIED, **route)
@@ -214,6 +228,37 @@ def test_a_transformer_in_lanes_is_the_one_that_it_would_be_alone() -> None:
 )
 def test_each_optimizer_steps_its_lane_as_torch_does(configs: list[Config], kernels: bool) -> None:
     assert_equivalent(task(Mlp), configs, kernels=kernels)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_network_that_changes_its_input_in_place_does_so_once_in_each_lane(dropout: float) -> None:
+    class Scaling(DropoutMlp):
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            self.register_buffer("mean", torch.full((12,), 0.7))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x.mul_(3.0)
+            x -= self.mean
+            return super().forward(x)
+
+    assert_equivalent(task(Scaling), [{"lr": 1e-3, "dropout": dropout}, {"lr": 3e-3}], outputs="alone")
+
+
+def test_validation_batches_are_those_of_a_trial_alone_where_a_batch_is_normalized_by_itself() -> None:
+    class Normalized(nn.Module):
+        def __init__(self, config: Config) -> None:
+            super().__init__()
+            self.norm, self.head = nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(x[:, :3]))
+
+    def wide(n: int, seed: int) -> tuple[Tensor, Tensor]:
+        x, y = networks.classes(5 * n, seed)
+        return F.pad(x, (0, 8000)), y
+
+    assert_equivalent(task(Normalized, wide), [{"lr": 1e-3}, {"lr": 3e-3}], epochs=1)
 
 
 def test_an_optimizer_of_the_tasks_with_groups_betas_and_flags_of_its_own() -> None:
@@ -273,6 +318,72 @@ def test_frozen_idle_and_unstepped_parameters_stay_as_they_are() -> None:
         return torch.optim.AdamW(list(params)[1:], lr=config["lr"], weight_decay=0.1)
 
     assert_equivalent(task(Partly, optimizer=optimizer), [{"lr": 1e-3, "grad_clip_norm": 0.1}, {"lr": 3e-3}])
+
+
+class Teacher(Mlp):
+    """A frozen copy of the first layer follows it, as in self-distillation."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.frozen = copy.deepcopy(self[0]).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.frozen.weight.mul_(0.9).add_(self[0].weight, alpha=0.1)
+        for layer in list(self)[:5]:
+            x = layer(x) + (0.1 * self.frozen(x) if layer is self[0] else 0.0)
+        return x
+
+
+def test_frozen_parameters_that_forward_changes_are_the_lanes_own() -> None:
+    assert_equivalent(task(Teacher), [{"lr": 1e-3}, {"lr": 3e-3}])
+
+
+def test_an_epoch_that_fails_leaves_frozen_parameters_where_they_were() -> None:
+    failing = False
+
+    def metrics(self: Task, output: Tensor, target: Tensor) -> dict[str, float]:
+        if failing:
+            raise ValueError("a bad day")
+        return {}
+
+    group = fused(trainings(task(Teacher, metrics=metrics), [{}, {}]))
+    group.train_epoch()
+    before = pack(group.checkpoint(0))
+    failing = True
+    with pytest.raises(UserCodeError):
+        group.train_epoch()
+    assert pack(group.checkpoint(0)) == before
+
+
+def test_unstepped_parameters_that_forward_changes_are_the_lanes_own() -> None:
+    class Follows(Teacher):
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            self.frozen.requires_grad_(True)
+
+    def optimizer(self: Task, params: Any, config: Config) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(list(params)[:6], lr=config["lr"])
+
+    assert_equivalent(task(Follows, optimizer=optimizer), [{"lr": 1e-3}, {"lr": 3e-3}])
+
+
+def test_a_buffer_that_depends_on_the_weights_keeps_no_graph() -> None:
+    class Remembers(Mlp):
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            self.register_buffer("last", torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            output = super().forward(x)
+            if self.training:
+                self.last = output.mean(dim=0)
+            return output
+
+    group = fused(trainings(task(Remembers), [{}, {}]))
+    group.train_epoch()
+    assert not group._stack.buffers["last"].requires_grad
 
 
 def test_buffers_that_forward_replaces_are_the_lanes_own() -> None:
@@ -487,6 +598,14 @@ def test_a_model_that_cannot_be_fused_any_more_says_so_and_every_lane_is_where_i
     with pytest.raises(LanesRefused, match="data-dependent control flow"):
         group.train_epoch()
     assert [pack(group.checkpoint(trial)) for trial in group.trials] == before
+
+
+def test_a_metric_that_changes_the_targets_changes_no_other_lanes() -> None:
+    def metrics(self: Task, output: Tensor, target: Tensor) -> dict[str, float]:
+        target[target == 2] = 0
+        return {"zeros": float((target == 0).float().mean())}
+
+    assert_equivalent(task(Mlp, metrics=metrics), [{"lr": 1e-3}, {"lr": 3e-3}], epochs=1)
 
 
 def test_a_trial_has_one_lane() -> None:

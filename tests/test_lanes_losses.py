@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -46,3 +47,20 @@ def test_each_lanes_loss_is_the_loss_of_it_alone(
     torch.testing.assert_close(loss_of_lanes(Task(), outputs, smoothed=smoothed)(output, target, given), wanted)
     of_lane = torch.vmap(loss_of_lane(Task(), outputs, smoothed=smoothed))
     torch.testing.assert_close(of_lane(output, target, given), wanted)
+
+
+def test_an_impossible_class_is_no_matter_to_a_lane_without_smoothing() -> None:
+    output = drawn(2, 6, 4).requires_grad_()
+    masked = output.masked_fill(torch.tensor([False, False, False, True]), -math.inf)
+    target, smoothing = labels(3, 2, 6), torch.tensor([0.0, 0.1])
+    for losses in (
+        loss_of_lanes(Task(), "logits", smoothed=True),
+        torch.vmap(loss_of_lane(Task(), "logits", smoothed=True)),
+    ):
+        found = losses(masked, target, smoothing)
+        plain = F.cross_entropy(masked[0], target[0])
+        torch.testing.assert_close(found[0], plain)
+        assert found[1].isinf()  # as alone
+        (grad,) = torch.autograd.grad(found[0], output, retain_graph=True)
+        (wanted,) = torch.autograd.grad(plain, output, retain_graph=True)
+        torch.testing.assert_close(grad, wanted)

@@ -13,13 +13,14 @@ import pytest
 from safetensors.numpy import save
 
 from hpsearch import own_config as module
-from hpsearch.cli.run_verbs import own_config_lines, top_table
+from hpsearch.cli.run_verbs import top_table
 from hpsearch.errors import SpecError
 from hpsearch.events import TrialDrawn
 from hpsearch.fleets import Launch
 from hpsearch.fleets.local import LocalFleet
 from hpsearch.job import DataInfo, EvaluateJob, Job, RebuildJob, Result, TrainJob
 from hpsearch.journal import FILE_NAME, read_journal
+from hpsearch.sentences import own_config_lines
 from hpsearch.spec import parse_spec
 from hpsearch.state import Entry, StudyState
 from hpsearch.tpe import TpeSampler

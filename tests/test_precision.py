@@ -11,7 +11,7 @@ from torch.func import functional_call
 from hpsearch.job import ExportJob, Member, TrainJob
 from hpsearch.task import Splits, Task
 from hpsearch.training.executor import TorchExecutor
-from hpsearch.training.precision import in_bf16, in_float32
+from hpsearch.training.precision import in_bf16, in_float32, is_bf16, rounding
 
 
 class Noted(nn.Linear):
@@ -41,6 +41,12 @@ def test_layers_run_in_bfloat16_and_all_that_is_seen_outside_is_float32() -> Non
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
     torch.testing.assert_close(output, plain(x), rtol=2e-2, atol=2e-2)
     assert not torch.equal(output, plain(x))
+
+
+def test_a_models_precision_is_told() -> None:
+    assert (is_bf16(network()), rounding(network())) == (False, 2**-24)
+    assert (is_bf16(in_bf16(network())), rounding(in_bf16(network()))) == (True, 2**-8)
+    assert not is_bf16(in_float32(in_bf16(network())))
 
 
 def test_class_copy_state_and_functional_call_are_as_ever() -> None:

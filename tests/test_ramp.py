@@ -138,6 +138,26 @@ def test_clipping_limits_the_step() -> None:
     assert second_loss(1e-6) < second_loss(None)
 
 
+def test_clipping_counts_parameters_that_are_not_stepped_as_training_does() -> None:
+    def losses(clip: float | None) -> list[float]:
+        model = net()
+        optimizer = torch.optim.SGD(model[3].parameters(), lr=1e-3)
+        return ramp_losses(model, optimizer, batches(), F.cross_entropy, [0.1] * 3, grad_clip_norm=clip)
+
+    model = net()
+    optimizer = torch.optim.SGD(model[3].parameters(), lr=0.1)
+    wanted = []
+    for inputs, target in batches(3):
+        model.zero_grad()
+        loss = F.cross_entropy(model(inputs), target)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        wanted.append(float(loss.detach()))
+    assert losses(0.5) == wanted
+    assert losses(None) != wanted
+
+
 def test_rates_rise_by_one_factor_from_end_to_end() -> None:
     lrs = ramp_lrs(1e-5, 10.0, 100).tolist()
     assert (lrs[0], lrs[-1], len(lrs)) == (1e-5, 10.0, 100)

@@ -110,6 +110,16 @@ def test_whole_verdict_of_a_whole_study() -> None:
             "val": {"loss": 0.3, "accuracy": 0.7},
             "test": {"loss": 0.32, "accuracy": 0.9},
             "test_intervals": {"loss": {"value": 0.32, "low": 0.3, "high": 0.34}},
+            "chosen": {
+                "by": "search",
+                "metric": "val_loss",
+                "value": 0.3,
+                "scores": 1,
+                "place": 1,
+                "of": 3,
+                "final": True,
+                "searched_best": 0,
+            },
             "evaluated": None,
             "confirmed": None,
         },
@@ -176,6 +186,7 @@ def test_ranking_is_by_the_best_epoch_with_the_lower_number_first_and_diverged_l
     assert [row["trial"] for row in rows] == [1, 3, 0, 4, 2]
     assert rows[0] == {
         "trial": 1,
+        "winner": False,
         "config": {"lr": 0.05},
         "state": "complete",
         "baseline": False,
@@ -193,8 +204,8 @@ def test_trial_that_never_ended_an_epoch_has_no_metrics() -> None:
     state = state_of(TrialDrawn(trial=0, config={}, seed=0))
     (row,) = top(state)
     assert row == {
-        "trial": 0, "config": {}, "state": "waiting", "baseline": False, "epoch": 0, "epochs_trained": 0,
-        "n_parameters": None, "val": {}, "diagnosis": [],
+        "trial": 0, "winner": False, "config": {}, "state": "waiting", "baseline": False, "epoch": 0,
+        "epochs_trained": 0, "n_parameters": None, "val": {}, "diagnosis": [],
     }  # fmt: skip
     assert val_metrics(state.trials[0]) == {}
 

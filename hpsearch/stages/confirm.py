@@ -182,6 +182,7 @@ class Confirm:
         return {
             "trial": standing.trial,
             "searched": searched,
+            "mean": sign * standing.mean,
             "confirmed": confirmed,
             "low": low,
             "high": high,

@@ -49,7 +49,7 @@ from hpsearch.training.group import Group, InStep
 from hpsearch.training.lane_host import Lanes
 from hpsearch.training.lane_jobs import Interrupted
 from hpsearch.training.lanes import Predictor
-from hpsearch.training.loop import DefaultTraining, Training
+from hpsearch.training.loop import DefaultTraining, Training, read_settings
 from hpsearch.training.measure import split_output
 from hpsearch.training.measure_jobs import Measuring, metric_names
 from hpsearch.training.memory import MemoryGuard
@@ -58,7 +58,7 @@ from hpsearch.training.own_loop import OwnTraining
 from hpsearch.training.process import borrowed_process, warm_up
 from hpsearch.training.ramp_jobs import run_ramp
 from hpsearch.training.remembered import Remembered
-from hpsearch.training.user_code import describe, frame_of, is_out_of_memory
+from hpsearch.training.user_code import describe, frame_told, is_out_of_memory
 
 REMEMBERED_BYTES = 256 << 20  # of checkpoints made here: asking the driver for them costs a journey
 LIVE_FITS = 4  # generators of a user's `fit` that cannot be paused; each holds a model
@@ -168,7 +168,8 @@ class TorchExecutor:
         Args:
             jobs: of this study.
             fetch: gives a blob by its reference; what it raises is passed on, except that a blob is damaged or gone.
-            progress: told (job key, epochs behind the trial) after every epoch, and between batches once a second.
+            progress: told (job key, epochs behind the trial) after every epoch, and between batches once a second, of
+                the jobs that are worked on; others of this call wait for them.
             more: gives further jobs for free lanes; None: there are none.
         """
         waiting = deque(jobs)
@@ -177,7 +178,7 @@ class TorchExecutor:
                 job = waiting.popleft()
                 if more is None or not self.fills(job):
                     result = self._run(job, fetch, progress)
-                    self._lanes.trained_plainly(job, result.seconds)
+                    self._lanes.trained_plainly(job, result, self._n_steps_of)
                     yield result
                     continue
                 beside = [job, *(other for other in waiting if may_share(job, other))]
@@ -213,7 +214,11 @@ class TorchExecutor:
         except UserCodeError as error:
             message = f"{error.message} (hint: {error.hint})" if error.hint else error.message
             return Result(
-                key=job.key, outcome="crashed", message=message, frame=self._frame(error), traceback=error.traceback
+                key=job.key,
+                outcome="crashed",
+                message=message,
+                frame=frame_told(error, type(self._task).model),
+                traceback=error.traceback,
             )
         except DamagedBlob as error:  # nobody's fault: the study has it made again, and gives the job out once more
             return Result(key=job.key, outcome="damaged", values={"ref": error.ref}, message=error.why)
@@ -235,14 +240,6 @@ class TorchExecutor:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _frame(self, error: UserCodeError) -> str:
-        """The user's frame; where only torch's layers stand in the traceback, the method that put them together."""
-        name = error.frame.split(":")[0]
-        places = [line for line in error.traceback.splitlines() if line.strip().startswith('File "') and name in line]
-        if places and all("/torch/" in place for place in places):
-            return frame_of(type(self._task).model)
-        return error.frame
 
     def _result(self, job: Job, fetch: Fetch, progress: Progress) -> Result:
         match job:
@@ -435,6 +432,11 @@ class TorchExecutor:
         if len(self._live) > LIVE_FITS:
             self._live.popitem(last=False)[1].close()
 
+    def _n_steps_of(self, job: TrainJob) -> int:
+        """Optimizer steps of one of its epochs."""
+        n_train = self._data.n_rows("train")
+        return self._data.n_train_batches(read_settings(job.config, n_train=n_train).batch_size)
+
     def _objective(self, row: EpochMetrics) -> float:
         if self._metric not in row.metrics:
             raise UserCodeError(
@@ -533,13 +535,8 @@ class _Plain:
         measuring, given, keep = self._executor._measuring(self._fetch), [(output, target)], job.keep_predictions
         return self._executor._outcome(job, lambda: measuring.measured(job.key, given, [1.0], job.split, keep=keep))
 
-    def alone(self, job: Job, waiting: Sequence[Job] = ()) -> Result:
-        def progress(key: str, epoch: int) -> None:
-            self._progress(key, epoch)
-            for other in waiting:
-                self._progress(other.key, 0)
-
-        return self._executor._run(job, self._fetch, progress)
+    def alone(self, job: Job) -> Result:
+        return self._executor._run(job, self._fetch, self._progress)
 
     def objective(self, row: EpochMetrics) -> float:
         return self._executor._objective(row)
@@ -555,8 +552,8 @@ class _Plain:
     def stopped(self) -> bool:
         return self._executor.should_stop is not None and self._executor.should_stop()
 
-    def result(self, job: TrainJob, curve: Curve, training: DefaultTraining, beside: Sequence[TrainJob]) -> Result:
-        with self.at_work([job, *beside]):
+    def result(self, job: TrainJob, curve: Curve, training: DefaultTraining) -> Result:
+        with self.at_work([job]):
             alive = self._executor._data.on_batch
             return self._executor._outcome(job, lambda: curve.result(job, training, alive))
 

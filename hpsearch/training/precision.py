@@ -34,6 +34,16 @@ def in_float32(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_bf16(model: nn.Module) -> bool:
+    """Whether the model's forward() runs under autocast."""
+    return hasattr(type(model), "hpsearch_given_class")
+
+
+def rounding(model: nn.Module) -> float:
+    """By how much of itself a number is off at most, where the model's layers round it."""
+    return float(torch.finfo(torch.bfloat16 if is_bf16(model) else torch.float32).eps) / 2
+
+
 def _autocast_class(given: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         tensors = (tensor for tensor in chain(args, self.parameters()) if isinstance(tensor, Tensor))

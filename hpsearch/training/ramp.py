@@ -43,10 +43,11 @@ def ramp_losses(
         lrs: one per step.
         reference: the learning rate that the optimizer was made for; each group's own is multiplied by lr / reference,
             so that groups keep their proportions. None: all groups get lr itself.
-        grad_clip_norm: as in training, or None.
+        grad_clip_norm: as in training, also over parameters that the optimizer does not step; or None.
     """
     losses: list[float] = []
-    trained = [param for group in optimizer.param_groups for param in group["params"]]
+    stepped = [param for group in optimizer.param_groups for param in group["params"]]
+    trained = list({id(param): param for param in (*model.parameters(), *stepped) if param.requires_grad}.values())
     with _left_as_found(model, optimizer):
         model.train()
         model.zero_grad(set_to_none=True)
@@ -59,7 +60,8 @@ def ramp_losses(
             if not math.isfinite(value):
                 break
             losses.append(value)
-            optimizer.zero_grad(set_to_none=True)
+            for param in trained:
+                param.grad = None
             loss.backward()
             if grad_clip_norm is not None:
                 nn.utils.clip_grad_norm_(trained, grad_clip_norm)

@@ -11,6 +11,7 @@ What draws in another way (`F.dropout` in a forward(), the dropout inside nn.LST
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ class Drawn:
 
     layer: int
     shape: tuple[int, ...]  # of the mask
+    strides: tuple[int, ...]  # torch draws in the order of memory
     dtype: torch.dtype
 
 
@@ -46,18 +48,18 @@ class LaneDropout(nn.Module):
         self.spatial = spatial
         self.masks: list[Tensor] = []
         self.n_calls = 0
-        self.on_call: Callable[[tuple[int, ...], torch.dtype], None] | None = None
+        self.on_call: Callable[[Tensor], None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
         if self.on_call is not None:
-            shape = tuple(x.shape)
             if self.spatial:
                 if x.ndim != 2 + self.spatial:
                     raise LanesRefused(f"a dropout of whole channels has {x.ndim} dimensions")
-                shape = (*shape[:2], *(1 for _ in range(self.spatial)))
-            self.on_call(shape, x.dtype)
+                self.on_call(x.new_empty((*x.shape[:2], *(1 for _ in range(self.spatial)))))
+            else:
+                self.on_call(torch.empty_like(x))
             return x
         mask = self.masks[self.n_calls]
         self.n_calls += 1
@@ -131,7 +133,13 @@ class Masks:
         if plan != self._plan or size != self._n_block:
             self._plan, self._n_block = plan, size
             self._held = [
-                torch.ones((size, n_lanes, *call.shape), dtype=call.dtype, device=self._device) for call in plan
+                torch.empty_strided(
+                    (size, n_lanes, *call.shape),
+                    (n_lanes * math.prod(call.shape), math.prod(call.shape), *call.strides),
+                    dtype=call.dtype,
+                    device=self._device,
+                ).fill_(1.0)
+                for call in plan
             ]
             self._keeps = [self._keep(call) for call in plan]
         self._next = 0
@@ -155,8 +163,8 @@ def recorded(layers: Sequence[LaneDropout], forward: Callable[[], object]) -> tu
     """The calls of dropout layers in a forward pass, in order; in that pass nothing is dropped."""
     calls: list[Drawn] = []
 
-    def listener(number: int) -> Callable[[tuple[int, ...], torch.dtype], None]:
-        return lambda shape, dtype: calls.append(Drawn(number, shape, dtype))
+    def listener(number: int) -> Callable[[Tensor], None]:
+        return lambda mask: calls.append(Drawn(number, tuple(mask.shape), mask.stride(), mask.dtype))
 
     try:
         for number, layer in enumerate(layers):

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from hpsearch.task import Task
 from hpsearch.training.data import StudyData
+from hpsearch.training.lanes.attributes import hide_loop_keys
+from hpsearch.training.lanes.batch_norm import take_bf16
 from hpsearch.training.lanes.batching import Randomness, over_lanes, shorten
 from hpsearch.training.lanes.dropout import Drawn, give_masks, recorded
 from hpsearch.training.lanes.losses import loss_of_lane, loss_of_lanes
 from hpsearch.training.lanes.stack import Stack, Weights
+from hpsearch.training.precision import is_bf16
 from hpsearch.training.user_code import user_code
 
 Outputs = Literal["vmap", "vjp", "alone"]
@@ -38,6 +41,8 @@ class Route:
     """How outputs are had in evaluation; vjp: as the forward half of a gradient; alone: one lane after the other."""
     idle: frozenset[str] = frozenset()
     """Parameters that no gradient reaches, which torch's optimizers leave as they are."""
+    mixes_rows: bool = False
+    """A row's output in evaluation depends on the rows beside it, so batches are to be those of a trial alone."""
 
 
 class Network(Protocol):
@@ -63,11 +68,15 @@ class Forward:
             randomness: of what draws under `vmap`.
         """
         self._stack = stack
-        self._route = route
+        self.device = stack.device
+        self.route = route
         self._randomness = randomness
         self.model = copy.deepcopy(network.model)
+        hide_loop_keys(self.model)
         self.dropouts = give_masks(self.model)
         shorten(self.model)
+        if is_bf16(self.model):
+            take_bf16(self.model)
         self.model.train()
         trained = [part.name for block in stack.blocks for part in block.parts]
         slots = _slots(self.model)
@@ -100,14 +109,14 @@ class Forward:
         if shape not in self._plans:
             self._put(self._lane(0, copied=True))
             with torch.no_grad():
-                self._plans[shape] = recorded(self.dropouts, lambda: self.model(inputs[0]))
+                self._plans[shape] = recorded(self.dropouts, lambda: self.model(inputs[0].clone()))
         return self._plans[shape]
 
     def losses_and_gradients(
         self, inputs: Tensor, target: Tensor, masks: Sequence[Tensor], plan: Sequence[Drawn]
     ) -> tuple[Tensor, list[list[Tensor]]]:
         """Losses of all lanes, (L,), and the gradients of each block's leaves; buffers are changed as in training."""
-        if self._route.gradients == "summed":
+        if self.route.gradients == "summed":
             losses, grads = self._summed(inputs, target, masks, plan)
         else:
             losses, grads = self._each(inputs, target, masks, plan)
@@ -122,7 +131,7 @@ class Forward:
     def outputs(self, inputs: Tensor) -> Tensor:
         """Outputs of all lanes for the same inputs, (L, B, …)."""
         tensors = [tensor.detach() for tensor in self._tensors()]
-        match self._route.outputs:
+        match self.route.outputs:
             case "vmap":
                 function = torch.vmap(self._output, in_dims=(0, None), randomness=self._randomness)
                 output: Tensor = function(tensors, inputs)
@@ -131,7 +140,8 @@ class Forward:
                     tensors, inputs
                 )
             case "alone":
-                output = torch.stack([self._output(self._lane(i), inputs) for i in range(self._stack.n_lanes)])
+                lanes = [self._output(self._lane(i), inputs.clone()) for i in range(self._stack.n_lanes)]
+                output = torch.stack(lanes)
         return output
 
     @contextmanager
@@ -220,7 +230,7 @@ class Forward:
 
     def _write_buffers(self, changed: Sequence[Tensor]) -> None:
         for number, tensor in zip(self._changed, changed, strict=True):
-            self._stack.buffers[self._names[number]].copy_(tensor)
+            self._stack.buffers[self._names[number]].copy_(tensor.detach())
 
     def _by_layer(self, masks: Sequence[Tensor], plan: Sequence[Drawn]) -> list[list[Tensor]]:
         by_layer: list[list[Tensor]] = [[] for _ in self.dropouts]

@@ -189,7 +189,9 @@ class LaneGroup:
         try:
             metrics = {"train_loss": train_loss}
             require_finite(metrics)
-            metrics |= {f"val_{k}": v for k, v in output_metrics(lane.task, output, target).items()}
+            # A loss or metric of the task's own may change what it is given, and the targets are all lanes'.
+            found = output_metrics(lane.task, output, target.clone())
+            metrics |= {f"val_{name}": value for name, value in found.items()}
             require_finite(metrics)
         except TrialDiverged as diverged:
             return diverged

@@ -50,13 +50,18 @@ def loss_of_lanes(task: Task, outputs: Outputs, *, smoothed: bool) -> LaneLoss:
 
 def _smoothed_cross_entropy(output: Tensor, target: Tensor, smoothing: Tensor) -> Tensor:
     log_probs = output.log_softmax(dim=1)
-    return (1 - smoothing) * F.nll_loss(log_probs, target) - smoothing * log_probs.mean()
+    return (1 - smoothing) * F.nll_loss(log_probs, target) - _share(smoothing, log_probs.mean())
 
 
 def _smoothed_cross_entropies(output: Tensor, target: Tensor, smoothing: Tensor) -> Tensor:
     log_probs = output.log_softmax(dim=2)
     hard = F.nll_loss(log_probs.flatten(0, 1), target.flatten(0, 1), reduction="none").view(len(output), -1).mean(1)
-    return (1 - smoothing) * hard - smoothing * log_probs.flatten(1).mean(1)
+    return (1 - smoothing) * hard - _share(smoothing, log_probs.flatten(1).mean(1))
+
+
+def _share(smoothing: Tensor, mean: Tensor) -> Tensor:
+    """What the mean adds; nothing where nothing is smoothed, also when a class is impossible and the mean infinite."""
+    return torch.where(smoothing > 0, smoothing * mean, 0.0)
 
 
 def _cross_entropies(output: Tensor, target: Tensor, _: Tensor) -> Tensor:

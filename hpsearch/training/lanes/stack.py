@@ -162,14 +162,15 @@ class Stack:
         """A lane's state, into its training: weights, buffers, and the optimizer's state as torch would keep it."""
         params = dict(training.model.named_parameters())
         for block in self.blocks:
-            if block.rule is None:
+            for part in block.parts:
+                params[part.name].copy_(block.weights[place, part.start : part.end].view(part.shape))
+            if block.rule is None or weights_only or not block.progress[place].steps:
                 continue
             group = training.optimizer.param_groups[block.group]
             for part in block.parts:
-                params[part.name].copy_(block.weights[place, part.start : part.end].view(part.shape))
-            if block.progress[place].steps and not weights_only:
-                for part in block.parts:
-                    _write_state(training.optimizer, group, params[part.name], block, part, place)
+                _write_state(training.optimizer, group, params[part.name], block, part, place)
+        for name, values in self.constants.items():  # not trained, but forward() may change them
+            params[name].copy_(values[place])
         for name, buffer in training.model.named_buffers():
             buffer.copy_(self.buffers[name][place])
 
@@ -267,7 +268,8 @@ class Stack:
         return torch.zeros((self.n_lanes, *tensor.shape), dtype=tensor.dtype, device=self.device)
 
     def _tensors(self) -> list[Tensor]:
-        return [*(tensor for block in self.blocks for tensor in block.tensors()), *self.buffers.values()]
+        trained = (tensor for block in self.blocks for tensor in block.tensors())
+        return [*trained, *self.constants.values(), *self.buffers.values()]
 
 
 @torch.no_grad()
