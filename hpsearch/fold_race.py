@@ -99,10 +99,14 @@ def fold_standings(
 ) -> tuple[FoldStanding, ...]:
     """The candidates after a race: those who finished, best mean first; then those who were given up, the later first.
 
+    Of a race that was ended early, by the folds that all contenders have; empty where these are too few to tell.
+
     Args:
         seed: of the draws behind the chances; equal scores and seed give equal standings.
     """
     race = run_race(curves, candidates, folds=folds, n_runs=n_runs)
+    if race.n_folds < min(FEWEST_FOLDS, n_runs):
+        return ()
     finished = {trial: _scores(curves[trial], race.n_folds) for trial in race.contenders}
     chances, luck = _chances([scores for _, scores in finished.values()], folds, seed)
     found = []

@@ -208,6 +208,8 @@ class Display:
 
 def _folds_line(found: Evaluated) -> str:
     """`evaluate: trial 3 is first of 8 by 5 folds; 4 were given up before the last`"""
+    if found.reason and not found.standings:
+        return f"warning[evaluate]: ended by {found.reason}, with too few folds to tell; the search's own order stands"
     if not found.standings:
         return "warning[evaluate]: none of the best trials came through its folds; the search's own order stands"
     n_given_up = sum(row["chance"] is None for row in found.standings)

@@ -48,6 +48,11 @@ class Evaluate:
         self._state = state
         self._best: list[TrialRecord] | None = None  # as of the last event that could change it
         self._wanted: tuple[tuple[int, int], ...] | None = None  # likewise
+        self._spent = ""
+
+    def end_budget(self, spent: str) -> None:
+        """Give out no further folds: those under way may end, then the order is by the folds that there are."""
+        self._spent = spent
 
     def apply(self, event: Event) -> None:
         if may_reorder(event):
@@ -72,13 +77,16 @@ class Evaluate:
         )
 
     def next_job(self, worker: str) -> Job | None:
-        if self._state.evaluated is not None:
+        if self._state.evaluated is not None or self._spent:
             return None
         jobs = (self._job(self._state.trials[trial], fold) for trial, fold in self._next_folds())
         return next((job for job in jobs if job.key not in self._state.leases), None)
 
     def conclude(self) -> list[Event]:
-        if self._state.evaluated is not None or not self._searched_best() or self._next_folds():
+        if self._state.evaluated is not None or not self._searched_best():
+            return []
+        cut_short = bool(self._next_folds())
+        if cut_short and (not self._spent or any(key.startswith("fold/") for key in self._state.leases)):
             return []
         sound = self._sound()
         table = fold_standings(
@@ -95,6 +103,7 @@ class Evaluate:
                 repeats=self._settings.repeats,
                 standings=tuple(self._row(standing) for standing in table),
                 out=tuple(trial.number for trial in self._searched_best() if trial.number not in sound),
+                reason=self._spent if cut_short else "",
             )
         ]
 
