@@ -204,8 +204,8 @@ def test_trial_that_never_ended_an_epoch_has_no_metrics() -> None:
     state = state_of(TrialDrawn(trial=0, config={}, seed=0))
     (row,) = top(state)
     assert row == {
-        "trial": 0, "winner": False, "config": {}, "state": "waiting", "baseline": False, "epoch": 0, "epochs_trained": 0,
-        "n_parameters": None, "val": {}, "diagnosis": [],
+        "trial": 0, "winner": False, "config": {}, "state": "waiting", "baseline": False, "epoch": 0,
+        "epochs_trained": 0, "n_parameters": None, "val": {}, "diagnosis": [],
     }  # fmt: skip
     assert val_metrics(state.trials[0]) == {}
 

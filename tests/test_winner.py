@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from hpsearch.cli.run_verbs import best_text, top_table
 from hpsearch.cli.verdict_text import verdict_text
-from hpsearch.events import Confirmed, Evaluated, Event, Selected, StageBegan, StageEnded
+from hpsearch.events import Compared, Confirmed, Evaluated, Event, Finished, Selected, StageBegan, StageEnded
 from hpsearch.sentences import ensemble_line, gain_line, winner_line
 from hpsearch.state import StudyState
+from hpsearch.tracker.operations import note_text
 from hpsearch.verdict import top, verdict
 from hpsearch.winner import winner
 from tests.test_verdict import GAIN, SPEC, losses, state_of, trained
@@ -113,3 +114,21 @@ def test_ensemble_of_one_trial_is_called_so_and_told_whether_it_was_looked_into(
     assert ensemble_line(chosen(FOLDS, SEEDS)).endswith("; it was cross-validated and confirmed")
     assert ensemble_line(chosen(members=((1, 0.5), (2, 0.5)))) == ""
     assert gain_line(chosen(members=members), GAIN) == "trial 2 − best trial, test loss: -0.02 [-0.03, -0.01]: better"
+
+
+def test_note_of_mlflow_names_the_winner_with_folds_seeds_and_baselines_in_the_words_of_the_report() -> None:
+    constant = Finished(
+        key="baseline/constant", worker="w", outcome="done", values={"metrics": {"val": {"accuracy": 0.1}}}
+    )
+    state = chosen(FOLDS, SEEDS, constant)
+    undecided = {"metric": "accuracy", "value": 0.01, "low": -0.1, "high": 0.1, "better": None}
+    for event in (Compared(n_trials=3, gain=undecided), StageEnded(stage="ensemble")):
+        state.apply(event, 99.0)
+    text = note_text(state, [])
+    assert f"**Best trial**: 0, val_accuracy 0.7 at epoch 2: {winner_line(state).partition(': ')[2]}." in text
+    assert "**Cross-validated**, by the mean accuracy: trial 1 0.75 [0.61, 0.81], trial 0 0.74 [0.64, 0.84]." in text
+    assert "**Confirmed with fresh seeds**, by the mean accuracy: trial 0 0.9 [0.75, 0.95]" in text
+    assert "**Ensemble**: trial 1 alone: no other checkpoint improved it" in text
+    assert "no difference that this test split can show" in text
+    assert "undecided" not in text
+    assert "- baseline, ignoring the inputs: val accuracy 0.1" in text
