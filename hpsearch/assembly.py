@@ -164,6 +164,7 @@ def make_stages(
             folds=spec.evaluate.folds,
             repeats=spec.evaluate.repeats,
             study_seed=spec.seed,
+            metric=spec.metric.name.removeprefix("val_"),
             goal=spec.metric.goal,
         )
         stages.append(Evaluate(settings_of_folds, state))

@@ -174,6 +174,7 @@ class Confirmed:
     epoch_of_search: int  # epochs that the search had trained; a search that went on confirms again
     standings: tuple[Mapping[str, object], ...]
     out: tuple[int, ...] = ()  # trials whose fresh run diverged or crashed
+    reason: str = ""  # the budget that ended it early
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +188,7 @@ class Evaluated:
     repeats: int
     standings: tuple[Mapping[str, object], ...]
     out: tuple[int, ...] = ()  # trials of which the training on some fold diverged or crashed
+    reason: str = ""  # the budget that ended it early
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -268,6 +268,16 @@ def fold_key(trial: int, epochs: int, folds: int, repeat: int, fold: int) -> str
     return f"fold/{trial}/{epochs}/{folds}/{repeat}/{fold}"
 
 
+def fresh_epochs(key: str) -> int:
+    """Epochs of a job that trains a config afresh, on a fold or with another seed; 0 of others.
+
+    >>> fresh_epochs("fold/17/27/5/0/3"), fresh_epochs("confirm/17/9/0"), fresh_epochs("train/17/3-9")
+    (27, 9, 0)
+    """
+    kind, *rest = key.split("/")
+    return int(rest[1]) if kind in ("fold", "confirm") else 0
+
+
 def train_key(trial: int, from_epoch: int, to_epoch: int) -> str:
     """Key of the job that trains a trial from one epoch to another.
 

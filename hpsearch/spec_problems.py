@@ -199,6 +199,8 @@ _OPTIONS = {  # words for one of a key's values
     "min": "minimize", "minimise": "minimize", "max": "maximize", "maximise": "maximize",
     "successive_halving": "sha", "synchronous": "sha", "asynchyperband": "asha", "off": "none", "no": "none",
     "lr_find": "lr_range", "lr-range": "lr_range",
+    "bfloat16": "bf16", "bf16-mixed": "bf16", "16": "bf16", "float16": "bf16", "fp16": "bf16", "half": "bf16",
+    "32": "float32", "fp32": "float32", "float": "float32",
 }  # fmt: skip
 _NOWHERE = {
     "patience": "trials are compared with each other at rungs; there is no patience",
@@ -304,8 +306,9 @@ def _not_an_option(loc: Loc, key: str, given: object, report: _Report) -> None:
         return
     options = _options_at(loc)
     hint = ""
-    if isinstance(given, str):
-        near = _OPTIONS.get(given.lower()) or next(iter(get_close_matches(given.lower(), options, 1)), "")
+    if isinstance(given, str) or (isinstance(given, int) and not isinstance(given, bool)):
+        word = str(given).lower()
+        near = _OPTIONS.get(word) or next(iter(get_close_matches(word, options, 1)), "")
         hint = f"did you mean {near}?" if near in options else ""
     elif given is None:
         hint = "give it a value, or leave the key out"
@@ -315,7 +318,7 @@ def _not_an_option(loc: Loc, key: str, given: object, report: _Report) -> None:
 
 def _options_at(loc: Loc) -> list[str]:
     """The values that a key can have."""
-    model = _SECTIONS.get(str(loc[0]), Range)
+    model: type[Section] = Spec if len(loc) == 1 else _SECTIONS.get(str(loc[0]), Range)
     annotation = model.model_fields[str(loc[-1])].annotation
     literals = [annotation, *getattr(annotation, "__args__", ())]
     return [

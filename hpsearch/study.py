@@ -28,6 +28,7 @@ from hpsearch.keeping import Admission, Keeping
 from hpsearch.leases import INHERIT_S, MOST_DEATHS, LeaseBook, Seat
 from hpsearch.mirror import Mirror
 from hpsearch.stages import FillsLanes, Stage
+from hpsearch.stages.confirm import Confirm
 from hpsearch.stages.evaluate import Evaluate
 from hpsearch.stages.preflight import Preflight
 from hpsearch.stages.search import Search
@@ -367,6 +368,7 @@ class Study:
             if suspect and (jobs or held):
                 break  # should this process die as well, there must be no doubt of what
             self._lease(job, worker, beside)
+            self._note_budget()  # the next asks for more than what is leased by now
             jobs.append(job)
             if suspect:
                 break
@@ -530,18 +532,21 @@ class Study:
             self._advance()
 
     def _note_budget(self) -> bool:
-        """Whether a limit is reached; the search is told."""
+        """Whether a limit is reached; the stages that it bounds are told."""
         spent = Spent(
             hours=(self._state.worked_s + self._clock() - self._began_at) / 3600,
             worker_hours=self._state.busy_s(self._journal.now()) / 3600,
-            epochs=self._state.n_epochs + self._state.n_leased_epochs,
+            epochs=self._state.n_trained_epochs + self._state.n_leased_epochs,
             out_of_room=self._state.out_of_room,
         )
         self._spent = self._spent or exhausted(self._budget, spent)
-        if self._spent:
-            for stage in self._stages:
-                if isinstance(stage, Search):
-                    stage.end_budget()
+        # Folds and fresh seeds leave nothing on the disk.
+        of_time = exhausted(dataclasses.replace(self._budget, disk_bytes=None), spent) if self._spent else ""
+        for stage in self._stages:
+            if self._spent and isinstance(stage, Search):
+                stage.end_budget()
+            elif of_time and isinstance(stage, Evaluate | Confirm):
+                stage.end_budget(of_time)
         return bool(self._spent)
 
     # Taking in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,16 +32,39 @@ def common_crash(crashes: Sequence[Crash], n_subjects: int) -> UserCodeError | N
     """
     subjects: dict[tuple[str, str], set[str]] = defaultdict(set)
     for crash in crashes:
-        kind = (crash.frame, crash.message.split(":")[0])
+        kind = (crash.frame, sort_of(crash.message))
         subjects[kind].add(crash.subject)
         if len(subjects[kind]) >= n_subjects:
+            what, hint = parted(crash.message)
+            told = (
+                f"the same error ended {n_subjects} jobs, so the study was stopped; mend the task or space.yaml, "
+                "then launch again with --resume (after a change of data(): with a new --run-dir)"
+            )
             return UserCodeError(
-                crash.message,
+                what,
                 frame=crash.frame,
-                hint=f"the same error ended {n_subjects} jobs, so the study was stopped; mend the task "
-                "or space.yaml, then launch again with --resume (after a change of data(): with a new --run-dir)",
+                hint=f"{hint}\n  note: {told}" if hint else told,
             )
     return None
+
+
+def sort_of(message: str) -> str:
+    """What the messages of one bug have in common, whatever the shapes and numbers in them.
+
+    >>> sort_of("RuntimeError: 2x4 and 7x8"), sort_of("the output is (300, 1)") == sort_of("the output is (2, 1)")
+    ('RuntimeError', True)
+    """
+    return re.sub(r"\d+", "0", parted(message)[0].split(":")[0])
+
+
+def parted(message: str) -> tuple[str, str]:
+    """A crashed job's message and its hint, "" where there is none.
+
+    >>> parted("loss() returned a list (hint: return its mean)")
+    ('loss() returned a list', 'return its mean')
+    """
+    what, opening, hint = message.partition(" (hint: ")
+    return (what, hint.removesuffix(")")) if opening else (message, "")
 
 
 def no_usable_trial(state: StudyState) -> NoUsableTrial:

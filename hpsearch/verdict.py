@@ -64,6 +64,8 @@ def epochs(state: StudyState) -> dict[str, int]:
     return {
         "lr_range": round(state.ramp_epochs),
         "search": sum(trial.epoch for trial in state.trials.values()),
+        "evaluate": state.n_fold_epochs,
+        "confirm": state.n_confirm_epochs,
         "finish": 0,
     }
 

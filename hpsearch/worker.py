@@ -122,7 +122,8 @@ class Worker:
         self._asked_ahead = False
         self._worn = ""
         self._assignment = Assignment()  # the last that had jobs
-        self._at_hand: dict[str, bool] = {}  # key of a job -> whether it was worked on since the last sign of life
+        # Key of a job, until its result was told -> whether it was worked on since the last sign of life.
+        self._at_hand: dict[str, bool] = {}
         self._told_at = 0.0  # time of the last sign of life
         self._unsaid: list[Result] = []  # results that the study was not told yet
         self._said_at = 0.0
@@ -199,7 +200,6 @@ class Worker:
         try:
             for result in self._results(jobs):
                 self._unsaid.append(dataclasses.replace(result, attempt=secrets.token_hex(4)))
-                self._at_hand.pop(result.key, None)
                 self._arm()
                 n_results += 1
                 failed |= result.outcome not in ("done", "diverged")
@@ -247,6 +247,8 @@ class Worker:
         unsaid, self._unsaid = self._unsaid, []
         if unsaid:
             self._client.push(self._name, unsaid)
+        for result in unsaid:
+            self._at_hand.pop(result.key, None)
         self._said_at = time.perf_counter()
 
     def _tell_progress(self, key: str, epoch: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -446,6 +447,47 @@ def test_users_error_ends_in_one_message_without_our_traceback(
     assert expected in err
     assert "Traceback" not in err
     assert "internal error" not in err
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            ("torch.nn.Linear(4, width", "torch.nn.Linear(7, width"),
+            "error[task]: task.py:12 in model: RuntimeError: mat1 and mat2 shapes cannot be multiplied",
+        ),
+        (
+            ("width, 3)", "width, 1)", "y[:300]", "y[:300].float()", "y[300:450]", "y[300:450].float()",
+             "y[450:]", "y[450:].float()"),
+            "error[task]: the model's output is (300, 1) and the targets are (300,), which would broadcast\n"
+            "  hint: squeeze the output: output.squeeze(-1), or give targets of its shape: y.reshape(-1, 1)",
+        ),
+    ],
+    ids=["a layer of a wrong size", "targets of another shape"],
+)  # fmt: skip
+def test_what_every_job_fails_at_is_told_once_at_the_users_own_place(
+    project: Path, change: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for old, new in zip(change[::2], change[1::2], strict=True):
+        edit(project, old, new)
+    edit(project, "preflight: {enabled: false}\n", "")
+    assert launch() == 1
+    err = capsys.readouterr().err
+    assert expected in re.sub(r"\(\d+,", "(300,", err)
+    assert err.count(expected.splitlines()[0].split(": ")[-1][-20:]) == 1
+    assert "warning[crashed]" not in err
+
+
+def test_gpu_that_is_not_there_is_said_without_a_traceback(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["check", "space.yaml"], ["launch", "space.yaml", "--fleet", "local"]):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("torch.cuda.is_available", lambda: False)
+            assert run([*command, "--set", "resources.gpus=1"]) == 2
+        assert capsys.readouterr().err == (
+            "error[usage]: a worker asks for 1 GPU; torch finds none on this machine\n"
+            "  hint: --set resources.gpus=0 does without, and --address names a cluster that has one\n"
+        )
+    assert not (project / "runs").exists()
 
 
 @pytest.mark.parametrize(

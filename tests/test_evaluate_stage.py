@@ -249,6 +249,110 @@ def test_metric_that_is_maximised_is_told_in_its_own_unit(tmp_path: Path) -> Non
     assert first["mean"] > second["mean"] or second["folds"] < 5  # type: ignore[operator]
 
 
+class NearlyRight(fakes.FakeExecutor):
+    """Each fold but the last is all right."""
+
+    def _fold(self, job: FoldJob) -> Result:
+        result = super()._fold(job)
+        right = 0.75 if job.fold == 4 else 1.0
+        rows = tuple(dataclasses.replace(row, metrics={**row.metrics, "val_accuracy": right}) for row in result.epochs)
+        return dataclasses.replace(result, epochs=rows)
+
+
+def test_interval_of_a_proportion_ends_where_proportions_do(tmp_path: Path) -> None:
+    accuracy = "metric={name: val_accuracy, goal: maximize}"
+    state = run(tmp_path, accuracy, make_executor=lambda spec, folder: NearlyRight())
+    assert state.evaluated is not None
+    row = state.evaluated.standings[0]
+    assert row["mean"] == pytest.approx(0.95)
+    assert 0.0 < row["low"] < row["corrected"] < row["high"] == 1.0  # type: ignore[operator]
+
+
+# Budgets
+
+
+def text_of(state: StudyState) -> list[str]:
+    outcome = verdict(state, run_dir="runs/folded", wall_s=0.0, stages_s={}, mlflow={})
+    return verdict_text(state, outcome, None, None).splitlines()
+
+
+def test_search_that_spent_the_budget_leaves_no_folds_and_its_order_stands(tmp_path: Path) -> None:
+    state = run(tmp_path, "budget.epochs=12", "confirm.trials=2")
+    assert state.done
+    assert not any(key.startswith(("fold/", "confirm/")) for key in state.results)
+    assert state.evaluated is not None
+    assert state.confirmed is not None
+    assert (state.evaluated.standings, state.evaluated.reason) == ((), "budget.epochs: 12")
+    assert (state.confirmed.standings, state.confirmed.reason) == ((), "budget.epochs: 12")
+    assert state.selected is not None
+    assert state.selected.best == state.candidates(1)[0].number
+    note = "was ended by budget.epochs: 12, with too few"
+    assert f"note: cross-validation {note} folds of each to tell: the order before it stands" in text_of(state)
+    assert f"note: confirmation {note} fresh seeds of each to tell: the order before it stands" in text_of(state)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_budget_ends_the_race_with_the_folds_that_there_are(tmp_path: Path, workers: int) -> None:
+    sha = "early_stopping.type=sha"
+    whole = run(tmp_path / "whole", sha)
+    first = 3 * sum(trial.epoch for trial in whole.candidates(4))
+    limit = whole.n_epochs + first + 1
+    assert limit < whole.n_epochs + whole.n_fold_epochs
+    state = run(tmp_path / "short", sha, f"budget.epochs={limit}", workers=workers)
+    assert state.evaluated is not None
+    assert state.evaluated.reason == f"budget.epochs: {limit}"
+    rows = state.evaluated.standings
+    assert {row["trial"] for row in rows} == {trial.number for trial in state.candidates(4)}
+    assert {row["folds"] for row in rows} == {3}
+    assert first < state.n_fold_epochs < first + workers * 9 + 1
+    assert state.selected is not None
+    assert state.selected.best == rows[0]["trial"]
+    reason = f"note: cross-validation was ended by budget.epochs: {limit}; the order is by what there was"
+    assert reason in text_of(state)
+    told = verdict(state, run_dir="", wall_s=0.0, stages_s={}, mlflow={})
+    assert told["epochs"]["evaluate"] == state.n_fold_epochs  # type: ignore[index]
+    more = run(tmp_path / "short", sha, "budget.epochs=999")
+    assert more.done
+    assert more.evaluated is not None
+    assert whole.evaluated is not None
+    assert more.evaluated.standings == whole.evaluated.standings
+    assert more.n_fold_epochs == whole.n_fold_epochs
+
+
+def test_order_of_two_folds_is_none(tmp_path: Path) -> None:
+    sha = "early_stopping.type=sha"
+    whole = run(tmp_path / "whole", sha)
+    limit = whole.n_epochs + 2 * sum(trial.epoch for trial in whole.candidates(4))
+    state = run(tmp_path / "short", sha, f"budget.epochs={limit}")
+    assert state.evaluated is not None
+    assert state.evaluated.standings == ()
+    assert state.n_fold_epochs > 0
+    assert state.leaders == ()
+
+
+def test_budget_ends_fresh_seeds_with_those_that_there_are(tmp_path: Path) -> None:
+    confirm = "confirm={trials: 3, seeds: 4}"
+    whole = run(tmp_path / "whole", confirm, "evaluate.enabled=false")
+    assert whole.n_confirm_epochs > 0
+    first = [whole.n_epochs + n * sum(trial.epoch for trial in whole.candidates(3)) for n in (1, 2)]
+    for limit, told in zip(first, (False, True), strict=True):
+        state = run(tmp_path / str(limit), confirm, "evaluate.enabled=false", f"budget.epochs={limit}")
+        assert state.done
+        assert state.confirmed is not None
+        assert bool(state.confirmed.standings) is told
+        assert state.confirmed.reason in ("", f"budget.epochs: {limit}")
+        assert state.n_epochs + state.n_confirm_epochs <= limit
+        assert state.n_leased_epochs == 0
+
+
+def test_folds_are_trained_though_the_disk_ended_the_search(tmp_path: Path) -> None:
+    state = run(tmp_path, "budget.disk=30B", "ensemble={pool: 4, size: 4}")
+    assert state.budget_spent.startswith("budget.disk: ")
+    assert state.evaluated is not None
+    assert state.evaluated.reason == ""
+    assert state.n_fold_epochs > 0
+
+
 def test_verdict_tells_each_candidate_with_its_interval_and_who_was_given_up(tmp_path: Path) -> None:
     state = run(tmp_path)
     outcome = verdict(state, run_dir="runs/folded", wall_s=0.0, stages_s={}, mlflow={})

@@ -90,6 +90,14 @@ class Recurrent(Classes):
         return Lstm()
 
 
+class Zeroes(Classes):
+    """A metric that changes the targets that it is given."""
+
+    def metrics(self, output: Tensor, target: Tensor) -> dict[str, float]:
+        target[target == 2] = 0
+        return {"zeros": float((target == 0).float().mean())}
+
+
 class Peeks(Classes):
     def model(self, config: Config) -> nn.Module:
         return Peeking(6, 3)
@@ -183,7 +191,7 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return widths
 
 
-@pytest.mark.parametrize("task", [Classes(), Images(), Recurrent()], ids=lambda task: type(task).__name__)
+@pytest.mark.parametrize("task", [Classes(), Images(), Recurrent(), Zeroes()], ids=lambda task: type(task).__name__)
 @pytest.mark.parametrize("split", ["ensemble", "val"])
 def test_lanes_give_what_each_model_gives_alone(task: Task, split: SplitName, shared: list[int]) -> None:
     trained = Trained(task)

@@ -381,8 +381,11 @@ def test_like_programs_of_a_group_share_one_trial_step(monkeypatch: pytest.Monke
     assert tried == [1, 2, 2]
 
 
-def test_first_to_join_a_program_of_one_lane_is_tried_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = watch_trial_steps(monkeypatch)
+@pytest.mark.parametrize("goes_together", [True, False])
+def test_first_to_join_a_program_of_one_lane_is_tried_with_it(
+    goes_together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = watch_trial_steps(monkeypatch, goes_together=goes_together)
     jobs = [job(0, 0, 3), job(1, 0, 1), job(2, 0, 1)]
     lanes, plain = Bench(2), Bench(1)
     line: list[list[TrainJob]] = [[], [jobs[1]], [jobs[2]]]
@@ -390,21 +393,22 @@ def test_first_to_join_a_program_of_one_lane_is_tried_with_it(monkeypatch: pytes
     def one_by_one(last: Job, n: int) -> Sequence[Job]:
         return line.pop(0) if line else ()
 
-    found = {
-        r.key: r for r in lanes.executor.run(jobs[:1], dict[str, bytes]().__getitem__, lambda *_: None, one_by_one)
-    }
+    results = lanes.executor.run(jobs[:1], lambda ref: b"", lambda *_: None, one_by_one)
+    found = {result.key: result for result in results}
     for key, result in plain.run(*jobs).items():
         assert_alike(found[key], result)
-    assert tried == [1, 1, 2]
+        if not goes_together and result.key != "train/0/0-3":
+            assert [row.metrics for row in found[key].epochs] == [row.metrics for row in result.epochs]  # alone
+    assert tried == ([1, 1, 2] if goes_together else [1, 1, 2, 2])
 
 
-def watch_trial_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def watch_trial_steps(monkeypatch: pytest.MonkeyPatch, *, goes_together: bool = True) -> list[int]:
     """The number of trials of each trial step to come."""
     tried: list[int] = []
 
     def watched(trainings: Sequence[Any]) -> tuple[Route | None, str]:
         tried.append(len(trainings))
-        return find_route(trainings)
+        return find_route(trainings) if goes_together or len(trainings) == 1 else (None, "they differ")
 
     monkeypatch.setattr("hpsearch.training.lane_host.find_route", watched)
     return tried

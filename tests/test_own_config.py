@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -407,6 +407,29 @@ class Wild(fakes.FakeExecutor):
         if lr > 0.005 or lr < 0:
             return Result(key=job.key, outcome="diverged", message="val_loss is nan")
         return super()._train(job)
+
+
+def of_the_choice(state: StudyState, acknowledged: Mapping[str, str]) -> dict[str, str]:
+    """What MLflow is yet to hear of the ensemble and of what was measured at the end."""
+    due = {operation.key: operation.revision for operation in due_operations(state, acknowledged)}
+    return {key: due[key] for key in due if key.startswith(("ensemble/", "parent/result/", "parent/lead/"))}
+
+
+def test_taking_it_out_again_registers_nothing_and_measures_nothing(tmp_path: Path) -> None:
+    before = run(tmp_path, OWN)
+    heard = of_the_choice(before, {})
+    assert set(heard) == {"ensemble/9", "parent/result/9", "parent/lead/9"}
+    state = run(tmp_path)
+    assert state.selected == before.selected
+    assert state.compared == before.compared
+    assert own_config_lines(state) == []
+    assert of_the_choice(state, heard) == {}
+
+
+def test_one_that_is_written_later_and_changes_no_choice_registers_nothing(tmp_path: Path) -> None:
+    heard = of_the_choice(run(tmp_path), {})
+    assert set(heard) == {"ensemble/9", "parent/result/9"}
+    assert set(of_the_choice(run(tmp_path, OWN), heard)) == {"parent/lead/9"}
 
 
 def test_top_and_mlflow_mark_it(tmp_path: Path) -> None:

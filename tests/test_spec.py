@@ -256,6 +256,21 @@ def test_grid_is_refused_with_the_reason() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("written", "found", "hint"),
+    [
+        ("fp8", '"fp8"', ""),
+        ("bfloat16", '"bfloat16"', "\n  hint: did you mean bf16?"),
+        ("16", "16", "\n  hint: did you mean bf16?"),
+        ("flaot32", '"flaot32"', "\n  hint: did you mean float32?"),
+    ],
+)
+def test_option_of_a_key_at_the_top_is_named(written: str, found: str, hint: str) -> None:
+    assert problems(SMALL + f"precision: {written}\n") == [
+        f"error[option]: space.yaml:5:12: `precision` is float32 or bf16 (got {found}){hint}"
+    ]
+
+
 def test_the_contracts_later_keys_answer_not_built_yet() -> None:
     assert problems(CONTRACT) == [
         "error[not-built-yet]: space.yaml:17:1: `finish` is not built yet\n  hint: write enabled: false",

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,7 +29,7 @@ from hpsearch.spec import Spec, parse_spec
 from hpsearch.state import Entry, StudyState
 from hpsearch.study import Study
 from hpsearch.trial import TrialState
-from hpsearch.worker import Worker
+from hpsearch.worker import More, Worker
 from tests import fakes
 from tests.same_study import held
 
@@ -236,6 +237,38 @@ def test_progress_keeps_a_lease_alive(make: Callable[..., Study], clock: Clock) 
     assert job.key in study.state.leases
     study.push("slow", [answer(job)])
     assert study.state.trials[job.trial].epoch == 1
+
+
+def test_jobs_in_lanes_keep_their_leases_while_another_of_the_worker_is_trained_alone(
+    make: Callable[..., Study], clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OneAfterTheOther(fakes.FakeExecutor):
+        def fills(self, job: Job) -> bool:
+            return True
+
+        def run(
+            self,
+            jobs: Sequence[Job],
+            fetch: Callable[[str], bytes],
+            progress: Callable[[str, int], None],
+            more: More | None = None,
+        ) -> Iterator[Result]:
+            assert more is not None
+            for job in [*jobs, *more(jobs[-1], 3)]:
+                for _ in range(100):
+                    clock.now += 30.0
+                    progress(job.key, 0)
+                    assert study.pull("other", slots=0).jobs == ()
+                yield answer(job)
+
+    monkeypatch.setattr("hpsearch.worker.time", SimpleNamespace(perf_counter=clock))
+    study = make()
+    worker = Worker("w", study, OneAfterTheOther)
+    worker.begin()
+    worker.step()
+    assert [record.epoch for record in study.state.trials.values()] == [1, 1, 1, 1]
+    study.close()
+    assert not any(isinstance(entry.event, Returned) for entry in read_journal(tmp_path))
 
 
 def test_progress_of_an_unknown_job_is_passed_over(make: Callable[..., Study], clock: Clock) -> None:
@@ -809,7 +842,7 @@ def test_budget_of_hours_ends_the_search_and_the_ensemble_still_comes(make: Call
 
 
 def test_budget_waits_for_what_is_running(make: Callable[..., Study]) -> None:
-    study = make(budget=Budget(epochs=1))
+    study = make(budget=Budget(epochs=2))
     study.hello("w", INFO)
     first, second = study.pull("w", slots=2).jobs
     study.push("w", [answer(first)])
@@ -843,6 +876,13 @@ def test_epochs_in_workers_hands_count_towards_the_budget(make: Callable[..., St
         study.push(name, [answer(job)])
     assert study.state.n_epochs == 3
     assert study.state.search_ended
+
+
+def test_lanes_take_no_more_than_the_budget(make: Callable[..., Study]) -> None:
+    study = make(budget=Budget(epochs=3))
+    study.hello("a", INFO)
+    first = take(study, "a")
+    assert len(study.pull("a", 8, beside=first).jobs) == 2
 
 
 # Disk

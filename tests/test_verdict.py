@@ -98,7 +98,7 @@ def test_whole_verdict_of_a_whole_study() -> None:
         "study": "digits",
         "run_dir": "runs/digits",
         "seed": 7,
-        "epochs": {"lr_range": 0, "search": 5, "finish": 0},
+        "epochs": {"lr_range": 0, "search": 5, "evaluate": 0, "confirm": 0, "finish": 0},
         "wall_s": 41.23,
         "stages_s": {"start": 6.12, "lr_range": 0.0, "search": 10.0, "ensemble": 6.0, "tracking": 0.0},
         "trials": {"total": 3, "complete": 1, "stopped": 1, "diverged": 1, "failed": 0},
@@ -227,7 +227,7 @@ def test_epochs_of_ramps_are_counted_by_the_examples_they_saw() -> None:
         )
     ]
     crashed = Finished(key="ramp/all/2", worker="w", outcome="crashed")
-    assert epochs(state_of(*ramps, crashed)) == {"lr_range": 3, "search": 0, "finish": 0}
+    assert epochs(state_of(*ramps, crashed)) == {"lr_range": 3, "search": 0, "evaluate": 0, "confirm": 0, "finish": 0}
 
 
 def test_counts_name_the_final_states_always_and_the_others_when_there_are_any() -> None:

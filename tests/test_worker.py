@@ -334,6 +334,21 @@ def test_jobs_that_wait_for_another_are_kept_by_its_signs_of_life(clock: Clock) 
     assert study.waiting == [["probe/2", "probe/3"], ["probe/3"], []]
 
 
+def test_job_whose_result_is_untold_is_kept_while_the_next_takes_long(clock: Clock) -> None:
+    class Slower(TimedExecutor):
+        def run(
+            self, jobs: Sequence[Job], fetch: Callable[[str], bytes], progress: Callable[[str, int], None]
+        ) -> Iterator[Result]:
+            for job, seconds in zip(jobs, (BATCH_S / 2, 100.0), strict=True):
+                self._clock.now += seconds
+                progress(job.key, 0)
+                yield Result(key=job.key)
+
+    study = FakeStudy([Assignment(jobs=(probe(1), probe(2)))])
+    Worker("w", study, lambda: Slower(clock)).run()
+    assert [call for call in study.calls if call[0] == "progress"] == [("progress", "probe/1", "probe/2")]
+
+
 def test_jobs_of_one_program_are_told_in_one_call(clock: Clock) -> None:
     class Program(TimedExecutor):
         def run(

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from hpsearch.checks import Check
-from hpsearch.cli.launch import make_fleet, make_launch
+from hpsearch.cli.launch import check_fleet, make_fleet, make_launch
 from hpsearch.cli.output import json_option, print_json
 from hpsearch.cli.spec_verbs import SPACE
 from hpsearch.errors import OtherDataError, PreflightError, SpecError
@@ -50,9 +50,10 @@ def check(
     if not spec.preflight.enabled:
         spec = spec.model_copy(update={"preflight": spec.preflight.model_copy(update={"enabled": True})})
     spec = spec.model_copy(update={"storage": None})
+    where = fleet or ("local" if address is None else "tune")
+    check_fleet(where, address, spec)
     run_dir = run_dir or Path("runs") / f"{spec.name}-check"
     run = make_launch(spec, space, run_dir, ("preflight",))
-    where = fleet or ("local" if address is None else "tune")
     found, failure = _asked(run, lambda: make_fleet(run, where, workers, address))
     counts = {word: sum(each.status == word for each in found) for word in ("passed", "warned", "failed", "skipped")}
     if as_json:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from hpsearch.budget import size_text
 from hpsearch.cli.output import is_terminal, number, say
+from hpsearch.errors import UserCodeError
 from hpsearch.events import (
     Damaged,
     DataSeen,
@@ -25,6 +26,7 @@ from hpsearch.events import (
 )
 from hpsearch.stages.preflight import checks
 from hpsearch.state import Entry, StudyState
+from hpsearch.triage import parted, sort_of
 from hpsearch.trial import TrialState
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 LIVE_EVERY_S = 0.5
 PLAIN_EVERY_S = 10.0  # a line of progress where there is no terminal to redraw
+HELD_S = 10.0  # that a crash may wait to be told: three of one kind end the study, and its error tells them
 WARNINGS_SHOWN = 3
 
 STAGE_TITLES = {"lr_range": "LR range"}
@@ -50,6 +53,8 @@ class Display:
         self._n_returned = 0
         self._one_lane: set[str] = set()  # why trials of some group cannot share a program, each told once
         self._n_damaged = 0
+        self._crash_kinds: set[tuple[str, str]] = set()  # of which one was told, or is held
+        self._held: list[tuple[float, Finished]] = []  # crashes that may be what the study ends with, which tells them
 
     def __enter__(self) -> Display:
         if is_terminal():
@@ -66,11 +71,16 @@ class Display:
     ) -> None:
         if self._live is not None:
             self._live.stop()
+        last = (error.frame, sort_of(error.message)) if isinstance(error, UserCodeError) else None
+        self._held = [(at, crash) for at, crash in self._held if (crash.frame, sort_of(crash.message)) != last]
+        self._release()
 
     def show(self, entries: Sequence[Entry]) -> None:
         """Entries that the state has already."""
         for entry in entries:
             self._tell(entry)
+        if self._held and self._clock() - self._held[0][0] >= HELD_S:
+            self._release()
         # Counting ten thousand trials takes milliseconds, so it is not done for every entry.
         if self._clock() - self._last_line_at < (LIVE_EVERY_S if self._live is not None else PLAIN_EVERY_S):
             return
@@ -98,9 +108,11 @@ class Display:
             case Finished(outcome="diverged", trial=int()) as result:
                 self._n_diverged += 1
                 self._warn(self._n_diverged, "diverged", result)
-            case Finished(outcome="crashed" | "out_of_memory" as outcome) as result:
+            case Finished(outcome="out_of_memory") as result:
                 self._n_crashed += 1
-                self._warn(self._n_crashed, outcome.replace("_", "-"), result)
+                self._warn(self._n_crashed, "out-of-memory", result)
+            case Finished(outcome="crashed") as result:
+                self._hold(result)
             case Finished(values={"one_lane": str() as why}) if why not in self._one_lane:
                 self._one_lane.add(why)
                 say(f"note: lanes: trials as trial {entry.event.trial} are {why}")
@@ -146,6 +158,21 @@ class Display:
         told = [f"{name} {n:,}" + (" (cut from val)" if name == "ensemble" and cut else "") for name, n in rows.items()]
         return f"rows: {', '.join(told)}"
 
+    def _hold(self, result: Finished) -> None:
+        """A crash is told once of its kind, and not before it is clear that the study does not end with it."""
+        kind = (result.frame, sort_of(result.message))
+        if kind not in self._crash_kinds:
+            self._crash_kinds.add(kind)
+            self._held.append((self._clock(), result))
+
+    def _release(self) -> None:
+        for _, result in self._held:
+            self._n_crashed += 1
+            self._warn(self._n_crashed, "crashed", result)
+            if self._n_crashed <= WARNINGS_SHOWN:
+                say("  note: told once; further crashes of this kind are counted, not shown")
+        self._held.clear()
+
     def _warn(self, nth: int, code: str, result: Finished) -> None:
         if nth > WARNINGS_SHOWN:
             return
@@ -156,7 +183,8 @@ class Display:
             config = ", ".join(f"{k}={number(v)}" for k, v in trial.config.items())
             where = f"trial {trial.number} after epoch {trial.epoch} ({config})"
         frame = f" at {result.frame}" if result.frame else ""
-        say(f"warning[{code}]: {where}: {result.message}{frame}")
+        what, hint = parted(result.message)
+        say(f"warning[{code}]: {where}: {what}{frame}" + (f"\n  hint: {hint}" if hint else ""))
         if nth == WARNINGS_SHOWN:
             say("  note: further ones are counted, not shown")
 
@@ -180,6 +208,8 @@ class Display:
 
 def _folds_line(found: Evaluated) -> str:
     """`evaluate: trial 3 is first of 8 by 5 folds; 4 were given up before the last`"""
+    if found.reason and not found.standings:
+        return f"warning[evaluate]: ended by {found.reason}, with too few folds to tell; the search's own order stands"
     if not found.standings:
         return "warning[evaluate]: none of the best trials came through its folds; the search's own order stands"
     n_given_up = sum(row["chance"] is None for row in found.standings)

@@ -68,7 +68,7 @@ def launch(
     """The whole study of SPACE, a space.yaml: LR range, search, ensemble, MLflow."""
     started_at = time.monotonic()
     spec = read_spec(space, overrides)
-    _check_fleet(fleet, address, spec)
+    check_fleet(fleet, address, spec)
     if address is not None and is_remote(address) and not dry_run:
         flags = {"--resume": resume, "--skip-preflight": skip_preflight, "--json": as_json}
         run_there(
@@ -132,7 +132,7 @@ def lr_find(
     """The learning rates worth searching in each branch of SPACE."""
     started_at = time.monotonic()
     spec = read_spec(space, overrides)
-    _check_fleet(fleet, address, spec)
+    check_fleet(fleet, address, spec)
     if address is not None and is_remote(address):
         run_there(
             Order(
@@ -274,7 +274,7 @@ def make_launch(spec: Spec, space: Path, run_dir: Path, stages: tuple[str, ...])
     )
 
 
-def _check_fleet(fleet: str, address: str | None, spec: Spec) -> None:
+def check_fleet(fleet: str, address: str | None, spec: Spec) -> None:
     """Raises UsageError where the fleet cannot be what the command line and the spec ask for."""
     if fleet == "local" and spec.resources.gpus > 1:
         raise UsageError(
@@ -282,6 +282,14 @@ def _check_fleet(fleet: str, address: str | None, spec: Spec) -> None:
             "--fleet local does not start: it runs everything in this one",
             hint="leave --fleet out, or try it with --set resources.gpus=1",
         )
+    if fleet == "local" and spec.resources.gpus:
+        from hpsearch.training.memory import has_gpu
+
+        if not has_gpu():
+            raise UsageError(
+                f"a worker asks for {spec.resources.gpus:g} GPU; torch finds none on this machine",
+                hint="--set resources.gpus=0 does without, and --address names a cluster that has one",
+            )
     if address is not None and fleet == "local":
         raise UsageError(
             "--address names a Ray cluster, which --fleet local does not use", hint="leave one of them out"

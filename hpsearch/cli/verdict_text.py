@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hpsearch.cli.output import interval, number, table, tool
 from hpsearch.cli.run_verbs import counts_line, remark_lines
+from hpsearch.events import Confirmed, Evaluated
 from hpsearch.sentences import baseline_lines, ensemble_line, gain_line, own_config_lines, winner_line
 from hpsearch.state import StudyState
 from hpsearch.tracker.outbox import redact
@@ -113,16 +114,26 @@ def _evaluated_lines(state: StudyState) -> list[str]:
         ]
         for row in found.standings
     ]
-    metric = state.metric.removeprefix("val_")
-    header = ["cross-validated", f"searched {metric}", f"mean {metric} of folds", "epoch", "folds", "chance by folds"]
+    metric, epoch = state.metric.removeprefix("val_"), "folds' epoch"
+    header = ["cross-validated", f"searched {metric}", f"mean {metric} of folds", epoch, "folds", "chance by folds"]
     lines = ["", *table(header, rows).splitlines()] if rows else []
     if rows:
         lines.append(_mean_note(found.standings[0], "corrected", len(rows)))
+    lines += _cut_short("cross-validation", found, "folds of each")
     if found.out:
         told = ", ".join(map(str, found.out))
         lines.append(f"note: out of the race, since training on some fold went wrong: trial {told}")
         lines += [f"  {why}" for why in _faults(state, found.out)]
     return lines
+
+
+def _cut_short(what: str, found: Evaluated | Confirmed, of: str) -> list[str]:
+    """How a stage went that a budget ended; nothing of one that was not."""
+    if not found.reason:
+        return []
+    if found.standings:
+        return [f"note: {what} was ended by {found.reason}; the order is by what there was"]
+    return [f"note: {what} was ended by {found.reason}, with too few {of} to tell: the order before it stands"]
 
 
 def _mean_note(first: Mapping[str, object], corrected: str, n: int) -> str:
@@ -165,6 +176,7 @@ def _confirmed_lines(state: StudyState) -> list[str]:
     lines = ["", *table(header, rows).splitlines()] if rows else []
     if rows:
         lines.append(_mean_note(state.confirmed.standings[0], "confirmed", len(rows)))
+    lines += _cut_short("confirmation", state.confirmed, "fresh seeds of each")
     if state.confirmed.out:
         told = ", ".join(map(str, state.confirmed.out))
         lines.append(f"note: out of the race, since a fresh run went wrong: trial {told}")

@@ -70,16 +70,25 @@ def connect(address: str | None, archive: Path | None = None) -> None:
         sigterm = signal.getsignal(signal.SIGTERM)
         ray.init(**options)
         signal.signal(signal.SIGTERM, sigterm)  # ray's own would end the driver without a word
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError, OSError) as error:
-        where = f"at {address}" if address else "on this machine"
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ClusterError(
-            f"Ray cannot be reached {where}: {first_line}",
-            hint="start the cluster (ray up cluster.yaml), or leave out --address to work on this machine",
-        ) from None
+    except Exception as error:  # ray raises plain Exceptions too, where its own processes are too slow to start
+        raise _unreachable(address, error) from None
     for name in ("ray", "ray.tune", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     _mute_raylets()
+
+
+def _unreachable(address: str | None, error: Exception) -> ClusterError:
+    """What to do about a cluster that is not there, or that would not start."""
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if address is None:
+        return ClusterError(
+            f"Ray did not start on this machine: {first_line}",
+            hint="launch again with --resume, when the machine has less to do; nothing that was finished is lost",
+        )
+    return ClusterError(
+        f"Ray cannot be reached at {address}: {first_line}",
+        hint="start the cluster (ray up cluster.yaml), or leave out --address to work on this machine",
+    )
 
 
 def _mute_raylets() -> None:

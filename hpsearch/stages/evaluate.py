@@ -15,6 +15,7 @@ from hpsearch.errors import PreflightError
 from hpsearch.events import Evaluated, Event, Finished
 from hpsearch.fold_race import FEWEST_ROWS, FoldStanding, fold_standings, wanted_folds
 from hpsearch.job import FoldJob, Job, fold_key
+from hpsearch.metric_names import clipped
 from hpsearch.sampler import derived_seed
 from hpsearch.stages import may_reorder
 from hpsearch.state import StudyState
@@ -29,6 +30,7 @@ class EvaluateSettings:
     folds: int
     repeats: int
     study_seed: int
+    metric: str  # the study's metric without its split
     goal: Literal["minimize", "maximize"]
 
     @property
@@ -46,6 +48,11 @@ class Evaluate:
         self._state = state
         self._best: list[TrialRecord] | None = None  # as of the last event that could change it
         self._wanted: tuple[tuple[int, int], ...] | None = None  # likewise
+        self._spent = ""
+
+    def end_budget(self, spent: str) -> None:
+        """Give out no further folds: those under way may end, then the order is by the folds that there are."""
+        self._spent = spent
 
     def apply(self, event: Event) -> None:
         if may_reorder(event):
@@ -70,13 +77,16 @@ class Evaluate:
         )
 
     def next_job(self, worker: str) -> Job | None:
-        if self._state.evaluated is not None:
+        if self._state.evaluated is not None or self._spent:
             return None
         jobs = (self._job(self._state.trials[trial], fold) for trial, fold in self._next_folds())
         return next((job for job in jobs if job.key not in self._state.leases), None)
 
     def conclude(self) -> list[Event]:
-        if self._state.evaluated is not None or not self._searched_best() or self._next_folds():
+        if self._state.evaluated is not None or not self._searched_best():
+            return []
+        cut_short = bool(self._next_folds())
+        if cut_short and (not self._spent or any(key.startswith("fold/") for key in self._state.leases)):
             return []
         sound = self._sound()
         table = fold_standings(
@@ -93,6 +103,7 @@ class Evaluate:
                 repeats=self._settings.repeats,
                 standings=tuple(self._row(standing) for standing in table),
                 out=tuple(trial.number for trial in self._searched_best() if trial.number not in sound),
+                reason=self._spent if cut_short else "",
             )
         ]
 
@@ -156,12 +167,14 @@ class Evaluate:
         trial = self._state.trials[standing.trial]
         sign = 1.0 if self._settings.goal == "minimize" else -1.0
         assert trial.best_objective is not None
-        bounds = sorted(sign * bound for bound in (standing.low, standing.high) if bound is not None)
+        metric, mean = self._settings.metric, sign * standing.mean
+        ends = (sign * end for end in (standing.low, standing.high) if end is not None)
+        bounds = sorted(clipped(metric, end, seen=mean) for end in ends)
         return {
             "trial": standing.trial,
             "searched": sign * trial.best_objective,
-            "mean": sign * standing.mean,
-            "corrected": sign * standing.corrected,
+            "mean": mean,
+            "corrected": clipped(metric, sign * standing.corrected, seen=mean),
             "low": bounds[0] if bounds else None,
             "high": bounds[-1] if bounds else None,
             "epoch": standing.epoch,

@@ -14,6 +14,7 @@ from hpsearch.errors import HpsearchError, PreflightError, UserCodeError
 from hpsearch.events import Event
 from hpsearch.job import CheckJob, Config, Job
 from hpsearch.state import StudyState
+from hpsearch.triage import parted
 
 TRIAL_0 = "trial 0"
 
@@ -59,7 +60,8 @@ class Preflight:
         for job in self._jobs:
             result = self._state.results.get(job.key)
             if result is not None and result.outcome == "crashed":
-                return UserCodeError(result.message, frame=result.frame, hint="mend the task, then launch again")
+                what, hint = parted(result.message)
+                return UserCodeError(what, frame=result.frame, hint=f"{hint or 'mend the task'}; then launch again")
         failed = [c for c in checks(self._state) if c.status == "failed" and c.code not in self._settings.allow]
         return preflight_error(failed) if failed else None
 

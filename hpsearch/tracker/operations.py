@@ -14,6 +14,7 @@ acknowledged that revision of that key, so the same function serves a launch tha
     ensemble/64        child run of the ensemble chosen among 64 trials, and its registered version; one that is chosen
                        again, after more epochs or by other settings, is another run and another version
     parent/result/64   test scores and gain
+    parent/lead/64     the best trial's lead over the user's own config
     parent/note        notes and verdict in words
     parent/status      how the study ended
 
@@ -22,6 +23,7 @@ Numbers are told in the user's own unit: what is minimised inside as -accuracy i
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -211,6 +213,7 @@ def _all(
     if "ensemble" in state.ended_stages and state.selected is not None:
         yield _ensemble(state, state.selected)
         yield _result(state, state.selected)
+        yield from _lead(state, state.selected)
     text = note_text(state, notes)
     if text:
         yield UpdateStudy(
@@ -476,6 +479,8 @@ def _choice(state: StudyState, selected: Selected) -> str:
     To 6 digits: a study that grew measures its ensemble again, and a GPU's last bits make no other ensemble.
     """
     compared = state.compared
+    if compared is not None:
+        compared = dataclasses.replace(compared, over_own={})  # it says nothing of what is registered
     trials = [number for number, _ in selected.members] + [selected.best]
     told = {
         "selected": to_json(selected),
@@ -501,13 +506,7 @@ def _result(state: StudyState, selected: Selected) -> UpdateStudy:
     points += _points("best/test_", measured_metrics(state, "test", best), time)
     compared = state.compared
     if compared is not None and compared.n_trials == selected.n_trials:
-        for what, gain in (("gain", compared.gain), ("lead_over_baseline", compared.over_own)):
-            metric = _name(str(gain.get("metric", "loss")))
-            for name, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
-                number = gain.get(name)
-                if isinstance(number, int | float):
-                    point = Point(name=f"{what}/{metric}{suffix}", value=float(number), step=0, time_ms=_ms(time))
-                    points.append(point)
+        points += _difference("gain", compared.gain, time)
     for name, measured in baselines(state).items():
         for split, metrics in _mapping(measured).items():
             points += _points(f"baseline/{name}/{split}_", _numbers(metrics), time)
@@ -528,6 +527,30 @@ def _result(state: StudyState, selected: Selected) -> UpdateStudy:
         revision=_choice(state, selected),
         content=Content(points=tuple(points), tags=tags),
     )
+
+
+def _lead(state: StudyState, selected: Selected) -> Iterator[UpdateStudy]:
+    """Told by itself: a config of the user's that comes or goes makes no other ensemble, and nothing is said twice."""
+    over = state.compared.over_own if state.compared is not None else {}
+    own = state.own_trial
+    if own is not None and over.get("trial") == own.number:
+        time = state.began.get("ensemble", state.opened_at) + state.stage_s.get("ensemble", 0.0)
+        yield UpdateStudy(
+            key=f"parent/lead/{selected.n_trials}",
+            revision=_digest(json.dumps(_to_6_digits(over), sort_keys=True))[:8],
+            content=Content(points=tuple(_difference("lead_over_baseline", over, time))),
+        )
+
+
+def _difference(what: str, gain: Mapping[str, object], time: float) -> list[Point]:
+    """A difference of two models with its interval, as far as it is known."""
+    metric = _name(str(gain.get("metric", "loss")))
+    numbers = {suffix: gain.get(name) for name, suffix in (("value", ""), ("low", "_low"), ("high", "_high"))}
+    return [
+        Point(name=f"{what}/{metric}{suffix}", value=float(number), step=0, time_ms=_ms(time))
+        for suffix, number in numbers.items()
+        if isinstance(number, int | float)
+    ]
 
 
 # Words

@@ -58,7 +58,7 @@ from hpsearch.training.own_loop import OwnTraining
 from hpsearch.training.process import borrowed_process, warm_up
 from hpsearch.training.ramp_jobs import run_ramp
 from hpsearch.training.remembered import Remembered
-from hpsearch.training.user_code import describe, frame_of, is_out_of_memory
+from hpsearch.training.user_code import describe, frame_told, is_out_of_memory
 
 REMEMBERED_BYTES = 256 << 20  # of checkpoints made here: asking the driver for them costs a journey
 LIVE_FITS = 4  # generators of a user's `fit` that cannot be paused; each holds a model
@@ -214,7 +214,11 @@ class TorchExecutor:
         except UserCodeError as error:
             message = f"{error.message} (hint: {error.hint})" if error.hint else error.message
             return Result(
-                key=job.key, outcome="crashed", message=message, frame=self._frame(error), traceback=error.traceback
+                key=job.key,
+                outcome="crashed",
+                message=message,
+                frame=frame_told(error, type(self._task).model),
+                traceback=error.traceback,
             )
         except DamagedBlob as error:  # nobody's fault: the study has it made again, and gives the job out once more
             return Result(key=job.key, outcome="damaged", values={"ref": error.ref}, message=error.why)
@@ -236,14 +240,6 @@ class TorchExecutor:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _frame(self, error: UserCodeError) -> str:
-        """The user's frame; where only torch's layers stand in the traceback, the method that put them together."""
-        name = error.frame.split(":")[0]
-        places = [line for line in error.traceback.splitlines() if line.strip().startswith('File "') and name in line]
-        if places and all("/torch/" in place for place in places):
-            return frame_of(type(self._task).model)
-        return error.frame
 
     def _result(self, job: Job, fetch: Fetch, progress: Progress) -> Result:
         match job:

@@ -28,7 +28,7 @@ from hpsearch.training.outcome import Curve
 from hpsearch.training.user_code import describe, is_out_of_memory
 
 MEASURE_AFTER_TRIALS = 2  # of a group, trained by the plain loop: one that nobody follows needs no lanes
-MEASURE_AFTER_S = 0.5  # of their training; measuring takes 0.1 to 0.2 s of a small network on a CPU
+MEASURE_AFTER_S = 0.3  # of their training: measuring takes 0.1 s of a small network, which lanes win back in 0.2 s
 MEASURE_AFTER_STEPS = 150  # of theirs: measuring takes some tens of steps of a large one
 MOST_RAMPS = 16  # at once, where nobody says how many lanes
 KEPT_SHARE = 0.25  # of a GPU's memory, for paused trials
@@ -80,7 +80,7 @@ def is_worth_measuring(*, n_trials: int, seconds: float, n_steps: int) -> bool:
     True
     >>> is_worth_measuring(n_trials=1, seconds=60.0, n_steps=9000)
     False
-    >>> is_worth_measuring(n_trials=9, seconds=0.4, n_steps=9000)
+    >>> is_worth_measuring(n_trials=9, seconds=0.2, n_steps=9000)
     False
     >>> is_worth_measuring(n_trials=9, seconds=60.0, n_steps=149)
     False

@@ -75,7 +75,7 @@ class Host(Protocol):
         """The trial has left the program, with this result."""
 
     def refused(self, reason: str) -> None:
-        """There is no program for some jobs, or it failed, whoever is to blame: the group is to be trained one by one."""
+        """There is no program for some jobs, or it failed: the group is to be trained one by one."""
 
     def too_wide(self, n_lanes: int) -> None:
         """So many lanes ran out of memory: fewer are to go on."""

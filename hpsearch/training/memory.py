@@ -65,6 +65,11 @@ class CudaProbe:
         torch.cuda.empty_cache()
 
 
+def has_gpu() -> bool:
+    """Whether torch finds a GPU here that it can use."""
+    return torch.cuda.is_available()
+
+
 def shortage(memory: DeviceMemory, share: float) -> str:
     """What is missing for a worker that is to have this share of a GPU; "" when there is room.
 

@@ -98,9 +98,24 @@ def frame_of(function: Callable[..., object]) -> str:
     return f"{Path(code.co_filename).name}:{code.co_firstlineno} in {code.co_name}"
 
 
+def frame_told(error: UserCodeError, model: Callable[..., object]) -> str:
+    """Where to look: the error's frame; where only torch's layers stand there, the method that put them together.
+
+    Args:
+        model: the task's method of that name.
+    """
+    name = error.frame.split(":")[0]
+    places = [line for line in error.traceback.splitlines() if line.strip().startswith('File "') and name in line]
+    if places and all("/torch/" in place for place in places):
+        return frame_of(model)
+    return error.frame
+
+
 def _last_frame(error: BaseException) -> str:
+    """The last frame that is not ours, which only called or watched; ours where there is no other."""
     frames = traceback.extract_tb(error.__traceback__)
-    return _written(frames[-1]) if frames else ""
+    others = [frame for frame in frames if not Path(frame.filename).is_relative_to(_HPSEARCH)]
+    return _written((others or frames)[-1]) if frames else ""
 
 
 def _written(frame: FrameSummary) -> str:

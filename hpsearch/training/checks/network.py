@@ -21,10 +21,10 @@ from hpsearch.job import Config
 from hpsearch.task import Task, has_own_fit
 from hpsearch.training.checks.modes import check_modes
 from hpsearch.training.checks.watch import Activation, LayerWatch
-from hpsearch.training.data import StudyData, epoch_seed
+from hpsearch.training.data import StudyData, check_output, epoch_seed
 from hpsearch.training.loop import build_model, build_optimizer, checked_loss, training_loss
 from hpsearch.training.seeding import seeded
-from hpsearch.training.user_code import is_out_of_memory, user_code
+from hpsearch.training.user_code import frame_told, is_out_of_memory, user_code
 
 BATCH = 64  # rows of a step
 LEARN_ROWS = 512  # of train, that the short training sees
@@ -93,7 +93,7 @@ def check_step(task: Task, data: StudyData, config: Config, *, seed: int, device
             "failed",
             found="out of memory"
             if memory
-            else f"{error.frame}: {error.message}"
+            else f"{frame_told(error, type(task).model)}: {error.message}"
             if isinstance(error, UserCodeError)
             else "",
             expected="one step",
@@ -483,8 +483,12 @@ def _learn(bench: _Bench, inputs: Tensor, *, steps: int = LEARN_STEPS, zero: boo
 
 def _loss(bench: _Bench, model: nn.Module, inputs: Tensor, target: Tensor) -> float:
     model.eval()
+    info = bench.data.info
     with torch.no_grad():
-        return float(bench.score(model(inputs), target))
+        output = model(inputs)
+        own_loss = type(bench.task).loss is not Task.loss
+        check_output(output, target, info.outputs, n_classes=info.n_classes, own_loss=own_loss)
+        return float(bench.score(output, target))
 
 
 def _falls(bench: _Bench, real: _Learned) -> Check:
