@@ -75,15 +75,15 @@ class _Shape:
         start = min(len(self.smooth) - 2, math.floor(len(self.smooth) * (1 - share)))
         return float(self.smooth[start] - self.smooth[start:].min())
 
-
     def gain_over(self, share: float) -> float:
         """By how much the last `share` of the curve got below the best before it, smoothed; negative where it did not.
 
-        That best is the luckiest of many, so a gain as large as the noise is one. The last value alone is no trend: of it counts what the median of the last three leaves.
+        That best is the luckiest of many, so a gain as large as the noise is one. The last value alone is no trend: of
+        it counts what the median of the last three leaves.
         """
         start = min(len(self.smooth) - 2, math.floor(len(self.smooth) * (1 - share)))
         late = [*self.smooth[start:-1], float(np.median(self.values[-3:]))]
-        return float(self.smooth[:start].min()) - min(late)
+        return float(self.smooth[:start].min() - np.min(late))
 
 
 def diagnose(
@@ -237,8 +237,8 @@ def _improving(val: _Shape) -> Diagnosis | None:
         return None
     return Diagnosis(
         finding=Finding.IMPROVING,
-        words=f"val_loss fell below its earlier best by {fell:.3g} over its last quarter ({fell / val.fall:.0%} of all it "
-        "fell): train longer",
+        words=f"val_loss fell below its earlier best by {fell:.3g} over its last quarter ({fell / val.fall:.0%} of all "
+        "it fell): train longer",
         numbers={"fell": fell, "last": val.last},
     )
 

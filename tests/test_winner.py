@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from hpsearch.cli.run_verbs import best_text, top_table
 from hpsearch.cli.verdict_text import verdict_text
-from hpsearch.events import Compared, Confirmed, Evaluated, Event, Finished, Selected, StageBegan, StageEnded
-from hpsearch.sentences import ensemble_line, gain_line, winner_line
+from hpsearch.events import Compared, Confirmed, Evaluated, Event, Finished, Opened, Selected, StageBegan, StageEnded
+from hpsearch.sentences import ensemble_line, gain_line, training_line, winner_line
 from hpsearch.state import StudyState
 from hpsearch.tracker.operations import note_text
 from hpsearch.verdict import top, verdict
@@ -132,3 +134,37 @@ def test_note_of_mlflow_names_the_winner_with_folds_seeds_and_baselines_in_the_w
     assert "no difference that this test split can show" in text
     assert "undecided" not in text
     assert "- baseline, ignoring the inputs: val accuracy 0.1" in text
+
+
+def test_linear_model_that_is_as_good_is_told_in_words() -> None:
+    over = {"metric": "loss", "value": 0.008, "low": -0.02, "high": 0.03, "split": "test", "n_rows": 450}
+    words = []
+    for more in ({"better": None}, {"better": False, "low": 0.002}, {"better": True}, {"better": None, "low": None}):
+        state = chosen()
+        state.apply(Compared(n_trials=3, gain={}, over_linear={**over, **more}), 99.0)
+        words.append([line for line in text_of(state).splitlines() if "linear" in line])
+    by = "best trial − linear model, test loss: 0.008"
+    assert words == [
+        [f"note: a linear model is as good as the best trial, as far as 450 rows can show: {by} [-0.02, 0.03]"],
+        [f"note: a linear model is better than the best trial: {by} [0.002, 0.03]"],
+        [],
+        [f"note: whether the best trial beats a linear model is undecided: {by}; too few rows for an interval"],
+    ]
+
+
+def test_report_and_status_tell_in_one_line_whether_trials_shared_a_program_and_its_precision() -> None:
+    spec = {**ACCURACY, "precision": "bf16", "resources": {"lanes": 8}}
+    lines = []
+    for shared in ({}, {1: 3, 2: 2}):
+        state = StudyState()
+        for event in (Opened(study="digits", uid="u", spec=spec, spec_text=""), *SEARCH):
+            if isinstance(event, Finished) and event.trial in shared:
+                event = dataclasses.replace(event, values={**event.values, "lanes": shared[event.trial]})
+            state.apply(event, 1.0)
+        assert training_line(state) == text_of(state).splitlines()[1]
+        lines.append(training_line(state))
+    assert lines == [
+        "lanes: none, each trial was trained by itself; precision: bf16",
+        "lanes: 2 of 3 trials shared a program, up to 3 at once; precision: bf16",
+    ]
+    assert training_line(state_of(*SEARCH, spec={**SPEC, "resources": {"lanes": 1}})) == ""

@@ -480,7 +480,7 @@ def _choice(state: StudyState, selected: Selected) -> str:
     """
     compared = state.compared
     if compared is not None:
-        compared = dataclasses.replace(compared, over_own={})  # it says nothing of what is registered
+        compared = dataclasses.replace(compared, over_own={}, over_linear={})  # they say nothing of what is registered
     trials = [number for number, _ in selected.members] + [selected.best]
     told = {
         "selected": to_json(selected),
