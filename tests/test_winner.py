@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from hpsearch.cli.run_verbs import best_text, top_table
 from hpsearch.cli.verdict_text import verdict_text
 from hpsearch.events import Compared, Confirmed, Evaluated, Event, Finished, Opened, Selected, StageBegan, StageEnded
-from hpsearch.sentences import ensemble_line, gain_line, training_line, winner_line
+from hpsearch.sentences import baseline_lines, ensemble_line, gain_line, training_line, winner_line
 from hpsearch.state import StudyState
 from hpsearch.tracker.operations import note_text
 from hpsearch.verdict import top, verdict
 from hpsearch.winner import winner
+from tests import fakes
+from tests.test_confirm_stage import run
 from tests.test_verdict import GAIN, SPEC, losses, state_of, trained
 
 ACCURACY = {**SPEC, "metric": {"name": "val_accuracy", "goal": "maximize"}}
@@ -168,3 +171,15 @@ def test_report_and_status_tell_in_one_line_whether_trials_shared_a_program_and_
         "lanes: 2 of 3 trials shared a program, up to 3 at once; precision: bf16",
     ]
     assert training_line(state_of(*SEARCH, spec={**SPEC, "resources": {"lanes": 1}})) == ""
+
+
+def test_best_trial_is_held_against_the_linear_model_row_by_row_on_the_test_split(tmp_path: Path) -> None:
+    state = run(tmp_path)
+    assert state.compared is not None
+    over = state.compared.over_linear
+    assert (over["metric"], over["split"], over["n_rows"], over["better"]) == ("loss", "test", fakes.N_ROWS, True)
+    assert float(str(over["low"])) < float(str(over["value"])) < float(str(over["high"])) < 0
+    assert "linear model is" not in "".join(baseline_lines(state))
+    told = verdict(state, run_dir="", wall_s=0.0, stages_s={}, mlflow={})["baselines"]
+    assert isinstance(told, dict)
+    assert told["gain_over_linear"] == over
