@@ -217,6 +217,9 @@ class Compared:
     low, high, better (True or False; None: not known), split, n_rows."""
     over_own: Mapping[str, object] = field(default_factory=dict)
     """The best single trial minus the trial of the user's own config, with the same keys and `trial`."""
+    over_linear: Mapping[str, object] = field(default_factory=dict)
+    """The best single trial minus a linear model, with the keys of `over_baseline` (better None: no difference shown);
+    empty where there was none, or no rows that chose nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -187,7 +187,8 @@ class Result:
     ramp      {"losses": [float, …], "batch_size": int, "epochs": float}; shorter than `steps` when NaN ended it
     probe     {"losses": [float, …], "batch_size": int, "epochs": float}
     train     {"checkpoint": ref | None, "best_checkpoint": ref | None, "resumable": bool, "n_parameters": int}; None
-              for the best: an earlier job holds it. `epochs` beside `values` has the curve. So when it is "diverged".
+              for the best: an earlier job holds it. "lanes": int, where other trials shared its program, is how many
+              there were at once, itself included. `epochs` beside `values` has the curve. So when it is "diverged".
     rebuild   {"best_checkpoint": ref}
     fold      {"n_rows": {"train": int, "val": int}}; `epochs` beside `values` has the curve
     confirm   {"metrics": {…} of the ensemble split, "val": {…}, "epoch": int, "n_rows": int, "row_scores": ref}

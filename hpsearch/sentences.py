@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from hpsearch.number_text import interval, number
 from hpsearch.state import StudyState
-from hpsearch.verdict import baselines, own_config
+from hpsearch.verdict import baselines, lanes, own_config
 from hpsearch.winner import looked_into, ranking_mean, winner
 
 WHAT_BASELINE = {"constant": "ignoring the inputs", "linear": "a linear model"}
@@ -17,6 +17,23 @@ def winner_line(state: StudyState) -> str:
     """`best trial 4: chosen by the mean accuracy of 3 fresh seeds, 0.9286: first of 3`; "" before any trial."""
     best = winner(state)
     return "" if best is None else f"best trial {best.trial}: {best.rule}"
+
+
+def training_line(state: StudyState) -> str:
+    """`lanes: 24 of 30 trials shared a program, up to 8 at once; precision: bf16`; "" where neither was asked for."""
+    spec = state.opened.spec if state.opened is not None else {}
+    resources = spec.get("resources")
+    asked = resources.get("lanes") if isinstance(resources, Mapping) else None
+    found = lanes(state)
+    told = []
+    if found["trials"]:
+        shared = f"{found['trials']} of {found['of']} trials shared a program, up to {found['most']} at once"
+        told.append(f"lanes: {shared}")
+    elif asked not in (None, 1) and found["of"]:
+        told.append("lanes: none, each trial was trained by itself")
+    if spec.get("precision", "float32") != "float32":
+        told.append(f"precision: {spec['precision']}")
+    return "; ".join(told)
 
 
 def ensemble_line(state: StudyState) -> str:
@@ -74,7 +91,7 @@ def baseline_lines(state: StudyState) -> list[str]:
     """What the study is held against, on the split that tells: `baseline, a linear model: test loss 0.13`."""
     lines = []
     for name, found in baselines(state).items():
-        if name == "gain" or not isinstance(found, Mapping):
+        if name in ("gain", "gain_over_linear") or not isinstance(found, Mapping):
             continue
         if "skipped" in found:
             lines.append(f"baseline {name}: skipped: {found['skipped']}")
@@ -87,7 +104,20 @@ def baseline_lines(state: StudyState) -> list[str]:
             for metric, value in metrics.items()
         )
         lines.append(f"baseline, {WHAT_BASELINE.get(name, name)}: {figures}")
-    return lines
+    return [*lines, *_linear_lines(state)]
+
+
+def _linear_lines(state: StudyState) -> list[str]:
+    """Said where the best trial is not shown to be better than a linear model."""
+    over = state.compared.over_linear if state.compared is not None else {}
+    if not over or over.get("better") is True:
+        return []
+    by = f"best trial − linear model, {over['split']} {over['metric']}: {interval(over['value'], over)}"
+    if over.get("low") is None:
+        return [f"note: whether the best trial beats a linear model is undecided: {by}; too few rows for an interval"]
+    if over.get("better") is False:
+        return [f"note: a linear model is better than the best trial: {by}"]
+    return [f"note: a linear model is as good as the best trial, as far as {over['n_rows']:,} rows can show: {by}"]
 
 
 def own_config_lines(state: StudyState) -> list[str]:

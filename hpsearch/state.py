@@ -177,9 +177,14 @@ class StudyState:
     @property
     def baseline_loss(self) -> float | None:
         """Loss on val of the best prediction that ignores the inputs; None before it is measured."""
-        result = self.results.get("baseline/constant")
+        return self.baseline_loss_of("constant")
+
+    def baseline_loss_of(self, name: str) -> float | None:
+        """A baseline's loss on val; None before it is measured, or where it made no sense."""
+        result = self.results.get(f"baseline/{name}")
         metrics = result.values.get("metrics") if result is not None and result.outcome == "done" else None
-        return float(metrics["val"]["loss"]) if isinstance(metrics, dict) else None
+        val = metrics.get("val") if isinstance(metrics, Mapping) else None
+        return float(val["loss"]) if isinstance(val, Mapping) and "loss" in val else None
 
     @property
     def confirmed_order(self) -> tuple[int, ...]:
@@ -486,6 +491,8 @@ class StudyState:
                 size = event.values.get("n_parameters")
                 trial.n_parameters = size if isinstance(size, int) else trial.n_parameters
                 trial.diverged = event.outcome == "diverged"
+                lanes = event.values.get("lanes")
+                trial.lanes = max(trial.lanes, lanes) if isinstance(lanes, int) else trial.lanes
             case "out_of_memory":
                 trial.out_of_memory += 1
             case _:

@@ -49,6 +49,8 @@ def verdict(
             "tracking": round(stages_s.get("tracking", 0.0), 2),
         },
         "trials": trial_counts(state),
+        "lanes": lanes(state),
+        "precision": str(state.opened.spec.get("precision", "float32")),
         "lr_range": lr_ranges(state),
         "best": _best(state),
         "diagnosis": diagnosis(state),
@@ -76,6 +78,13 @@ def trial_counts(state: StudyState) -> dict[str, int]:
     always = [TrialState.COMPLETE, TrialState.STOPPED, TrialState.DIVERGED, TrialState.FAILED]
     others = [s for s in TrialState if s not in always and counts[s]]  # while the search goes on
     return {"total": len(state.trials), **{str(s): counts[s] for s in [*always, *others]}}
+
+
+def lanes(state: StudyState) -> dict[str, int]:
+    """How many trials of the search shared a program with others, of how many that were trained, and how many were in
+    one program at most (1: each was trained by itself)."""
+    trained = [trial.lanes for trial in state.trials.values() if trial.epoch]
+    return {"trials": sum(n > 1 for n in trained), "of": len(trained), "most": max(trained, default=1)}
 
 
 def lr_ranges(state: StudyState) -> list[dict[str, object]]:
@@ -116,7 +125,8 @@ def baselines(state: StudyState) -> dict[str, object]:
         metric = spec.metric.name.removeprefix("val_")
         told |= {name: {"given": {metric: value}} for name, value in spec.baselines.items()}
     over = dict(state.compared.over_baseline) if state.compared is not None else {}
-    return {**told, "gain": over or None}
+    linear = dict(state.compared.over_linear) if state.compared is not None else {}
+    return {**told, "gain": over or None} | ({"gain_over_linear": linear} if linear else {})
 
 
 def space_remarks(state: StudyState) -> tuple[Remark, ...]:

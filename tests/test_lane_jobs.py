@@ -158,6 +158,8 @@ def test_lane_that_ends_is_refilled_at_the_next_epoch_while_others_go_on(host: F
     ]
     assert results[2].values["best"] == ("weights", 1, 3)
     assert [row.epoch for row in results[2].epochs] == [1, 2, 3]
+    assert [result.values.get("lanes") for result in results] == [2, 2, 2, 2]
+    assert ["lanes" in result.values for result in run(FakeHost(), job(5))] == [False]
 
 
 def test_more_is_asked_for_when_all_lanes_ended_together(host: FakeHost) -> None:

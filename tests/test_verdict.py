@@ -102,6 +102,8 @@ def test_whole_verdict_of_a_whole_study() -> None:
         "wall_s": 41.23,
         "stages_s": {"start": 6.12, "lr_range": 0.0, "search": 10.0, "ensemble": 6.0, "tracking": 0.0},
         "trials": {"total": 3, "complete": 1, "stopped": 1, "diverged": 1, "failed": 0},
+        "lanes": {"trials": 0, "of": 3, "most": 1},
+        "precision": "float32",
         "lr_range": [],
         "best": {
             "trial": 0,

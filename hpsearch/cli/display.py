@@ -12,6 +12,7 @@ from hpsearch.budget import size_text
 from hpsearch.cli.output import is_terminal, number, say
 from hpsearch.errors import UserCodeError
 from hpsearch.events import (
+    Confirmed,
     Damaged,
     DataSeen,
     Evaluated,
@@ -101,6 +102,8 @@ class Display:
                 self._preflight()
             case Evaluated() as found:
                 say(_folds_line(found))
+            case Confirmed(standings=(first, *others)):
+                say(f"confirm: trial {first['trial']} is first of {1 + len(others)} by the mean of its fresh seeds")
             case StageEnded(stage="search", reason=reason):
                 say(f"search: {self._progress()}" + (f" (ended by {reason})" if reason else ""))
             case RangeMeasured() as measured:

@@ -14,7 +14,7 @@ from hpsearch.events import Returned
 from hpsearch.journal import is_locked, read_journal
 from hpsearch.notes import add_note
 from hpsearch.parsimony import AsGood, as_good, measured_error, read_within, row_scores_of, sized
-from hpsearch.sentences import own_config_lines, winner_line
+from hpsearch.sentences import own_config_lines, training_line, winner_line
 from hpsearch.space_diagnosis import findings, reference
 from hpsearch.spec import Spec
 from hpsearch.state import StudyState
@@ -23,6 +23,7 @@ from hpsearch.verdict import (
     chosen,
     diagnosis,
     epochs,
+    lanes,
     lr_ranges,
     own_config,
     space_remarks,
@@ -76,6 +77,8 @@ def status(run: Path, address: str | None, as_json: bool) -> None:
         "trials": counts,
         "running": sum(1 for trial in state.trials.values() if trial.state is TrialState.RUNNING) if going else 0,
         "epochs": epochs(state),
+        "lanes": lanes(state),
+        "precision": str(state.opened.spec.get("precision", "float32")) if state.opened is not None else None,
         "lr_range": lr_ranges(state),
         "best": None if best is None else _best(state.trials[best.trial]) | {"chosen": chosen(state)},
         "baseline": own_config(state),
@@ -87,6 +90,8 @@ def status(run: Path, address: str | None, as_json: bool) -> None:
         return
     click.echo(f"{state.name}: {word}" + (f", in stage {state.stage}" if going and state.stage else ""))
     click.echo(counts_line(state))
+    if training_line(state):
+        click.echo(training_line(state))
     if best is not None:
         click.echo(best_text(state, best))
     for line in own_config_lines(state) + remark_lines(state):

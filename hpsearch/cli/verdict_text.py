@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 from hpsearch.cli.output import interval, number, table, tool
 from hpsearch.cli.run_verbs import counts_line, remark_lines
 from hpsearch.events import Confirmed, Evaluated
-from hpsearch.sentences import baseline_lines, ensemble_line, gain_line, own_config_lines, winner_line
+from hpsearch.sentences import (
+    baseline_lines,
+    ensemble_line,
+    gain_line,
+    own_config_lines,
+    training_line,
+    winner_line,
+)
 from hpsearch.state import StudyState
 from hpsearch.tracker.outbox import redact
 from hpsearch.verdict import baselines
@@ -25,6 +32,8 @@ def verdict_text(
     """A short readable verdict: best trial, ensemble, test scores with intervals, MLflow, the next command."""
     best, ensemble = _mapping(outcome["best"]), _mapping(outcome["ensemble"])
     lines = [f"{outcome['study']}: {counts_line(state)} {outcome['wall_s']} s in all.", ""]
+    if training_line(state):
+        lines.insert(1, training_line(state))
     lines.append(_scores(best, ensemble))
     if best:
         config = ", ".join(f"{k}={number(v)}" for k, v in _mapping(best["config"]).items())

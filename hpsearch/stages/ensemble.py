@@ -272,6 +272,7 @@ class EnsembleStage:
             intervals={"best": _row_intervals(of_best, seed), "ensemble": _row_intervals(of_ensemble, seed)},
             over_baseline=self._over_baseline(of_ensemble, "test"),
             over_own=self._over_own("test"),
+            over_linear=self._over_linear(of_best, "test"),
         )
 
     def _over_own(self, split: SplitName) -> dict[str, object]:
@@ -300,12 +301,27 @@ class EnsembleStage:
         unknown = self._best_was_chosen_by_these_rows() and told.get("better") is True
         return {**told, "better": None} if unknown else told
 
-    def _over_baseline(self, rows: Mapping[str, np.ndarray], split: SplitName) -> dict[str, object]:
-        result = self._state.results.get("baseline/constant")
-        refs = result.values.get("row_scores") if result is not None and result.outcome == "done" else None
-        if not isinstance(refs, Mapping) or split not in refs:
+    def _over_linear(self, rows: Mapping[str, np.ndarray], split: SplitName) -> dict[str, object]:
+        """A model against the linear one, row by row; empty where there is none."""
+        linear = self._baseline_rows("linear", split)
+        if not linear:
             return {}
-        constant = self._arrays(str(refs[split]))
+        metric = self._settings.metric if self._settings.metric in rows and self._settings.metric in linear else "loss"
+        goal = self._settings.goal if metric == self._settings.metric else "minimize"
+        gain = paired_interval(rows[metric], linear[metric], seed=self._settings.study_seed)
+        told = {"metric": metric, **_numbers(gain), "better": better(gain, goal)}
+        return {**told, "split": split, "n_rows": len(rows[metric])}
+
+    def _baseline_rows(self, name: str, split: SplitName) -> Mapping[str, np.ndarray]:
+        """A baseline's scores of rows; empty where it was not measured there."""
+        result = self._state.results.get(f"baseline/{name}")
+        refs = result.values.get("row_scores") if result is not None and result.outcome == "done" else None
+        return self._arrays(str(refs[split])) if isinstance(refs, Mapping) and split in refs else {}
+
+    def _over_baseline(self, rows: Mapping[str, np.ndarray], split: SplitName) -> dict[str, object]:
+        constant = self._baseline_rows("constant", split)
+        if not constant:
+            return {}
         metric = (
             self._settings.metric if self._settings.metric in rows and self._settings.metric in constant else "loss"
         )

@@ -36,11 +36,14 @@ from typing import Literal
 from hpsearch.events import Selected, to_json
 from hpsearch.job import Config, EpochMetrics
 from hpsearch.notes import Note
+from hpsearch.number_text import number
 from hpsearch.report.figures import drawn_from
+from hpsearch.sentences import baseline_lines, ensemble_line, fold_words, gain_line, own_config_lines, seed_words
 from hpsearch.space_diagnosis import findings
 from hpsearch.state import StudyState
 from hpsearch.trial import TrialRecord, TrialState
 from hpsearch.verdict import baselines, measured_metrics, space_remarks
+from hpsearch.winner import winner
 
 RunStatus = Literal["RUNNING", "FINISHED", "KILLED", "FAILED"]
 Topic = Literal["lr-range", "search", "ensemble"]
@@ -477,7 +480,7 @@ def _choice(state: StudyState, selected: Selected) -> str:
     """
     compared = state.compared
     if compared is not None:
-        compared = dataclasses.replace(compared, over_own={})  # it says nothing of what is registered
+        compared = dataclasses.replace(compared, over_own={}, over_linear={})  # they say nothing of what is registered
     trials = [number for number, _ in selected.members] + [selected.best]
     told = {
         "selected": to_json(selected),
@@ -556,18 +559,26 @@ def _difference(what: str, gain: Mapping[str, object], time: float) -> list[Poin
 def note_text(state: StudyState, notes: Sequence[Note]) -> str:
     """The description of the study's run, in Markdown: verdict first, then the user's notes; "" without either."""
     lines: list[str] = []
-    best = state.best() if state.search_ended else None
-    if best is not None and best.best_objective is not None:
-        value = _sign(state) * best.best_objective
-        lines += [
-            f"**Best trial**: {best.number}, {_metric(state)[0]} {value:.4g} at epoch {best.best_epoch}.",
-            "",
-        ]
+    best = winner(state) if state.search_ended else None
+    if best is not None:
+        trial = state.trials[best.trial]
+        value = number(trial.best_metrics.get(state.metric))
+        told = f"{best.trial}, {state.metric} {value} at epoch {trial.best_epoch}: {best.rule}"
+        lines += [f"**Best trial**: {told}.", ""]
+    for title, words in (("Cross-validated", fold_words(state)), ("Confirmed with fresh seeds", seed_words(state))):
+        if words:
+            metric = state.metric.removeprefix("val_")
+            lines += [f"**{title}**, by the mean {metric}: {', '.join(words)}.", ""]
     selected = state.selected
     if selected is not None and "ensemble" in state.ended_stages:
         members = ", ".join(f"{trial} ({weight:.2g})" for trial, weight in selected.members)
-        lines += [f"**Ensemble**: trials {members}.", ""]
+        lines += [f"**Ensemble**: trials {members}.", ""] if len(selected.members) > 1 else []
+        alone = ensemble_line(state).removeprefix("the ensemble is ")
+        lines += [f"**Ensemble**: {alone}.", ""] if alone else []
         lines += _gain_words(state, selected)
+    held_against = [*baseline_lines(state), *own_config_lines(state)] if selected is not None else []
+    if held_against:
+        lines += ["**Held against**", "", *(f"- {line}" for line in held_against), ""]
     if state.ended is not None and state.ended.reason != "done":
         lines += [f"**Ended**: {state.ended.reason}. {state.ended.message}".rstrip(), ""]
     if notes:
@@ -579,13 +590,7 @@ def _gain_words(state: StudyState, selected: Selected) -> list[str]:
     compared = state.compared
     if compared is None or compared.n_trials != selected.n_trials or "value" not in compared.gain:
         return []
-    gain = compared.gain
-    verdict = {True: "better", False: "worse"}.get(gain.get("better"), "undecided")  # type: ignore[call-overload]
-    numbers = [gain.get(name) for name in ("value", "low", "high")]
-    value, low, high = (f"{n:+.4g}" if isinstance(n, int | float) else "unknown" for n in numbers)
-    interval = "" if "unknown" in (low, high) else f", 95 % interval {low} to {high}"
-    what = f"ensemble minus best single trial in {gain.get('metric')}"
-    return [f"**On the test split**, {what}: {value}{interval}: {verdict}.", ""]
+    return [f"**On the test split**: {gain_line(state, compared.gain)}.", ""]
 
 
 def _when(time: float) -> str:

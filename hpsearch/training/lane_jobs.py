@@ -89,6 +89,7 @@ class _Lane:
     job: TrainJob
     curve: Curve
     began_at: float
+    n_lanes: int = 1  # of its program, at most
 
 
 class LaneJobs:
@@ -208,6 +209,8 @@ class LaneJobs:
         """Train every lane for an epoch; what has left its lane, its job being over."""
         assert self._program is not None
         rows = self._program.train_epoch()
+        for lane in self._lanes.values():
+            lane.n_lanes = max(lane.n_lanes, len(self._lanes))
         over = [trial for trial, row in rows.items() if self._take(self._lanes[trial], row)]
         return [(self._lanes.pop(trial), self._program.leave(trial)) for trial in over]
 
@@ -233,6 +236,7 @@ class LaneJobs:
 
     def _result(self, lane: _Lane, training: DefaultTraining) -> Result:
         result = self._host.result(lane.job, lane.curve, training)
-        result = replace(result, seconds=time.perf_counter() - lane.began_at)
+        values = {**result.values, "lanes": lane.n_lanes} if lane.n_lanes > 1 else result.values
+        result = replace(result, values=values, seconds=time.perf_counter() - lane.began_at)
         self._host.ended(lane.job, training, result)
         return result
