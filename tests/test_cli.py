@@ -478,6 +478,33 @@ def test_what_every_job_fails_at_is_told_once_at_the_users_own_place(
     assert "warning[crashed]" not in err
 
 
+@pytest.mark.parametrize(
+    ("metric", "error"),
+    [
+        (
+            "{name: val_acuracy, goal: maximize}",
+            "error[task]: the study's metric `val_acuracy` is not among those of the task (known: train_loss, "
+            "val_loss, val_accuracy)\n"
+            "  hint: did you mean val_accuracy? else give it in Task.metrics(), or name one of these, and its goal, "
+            "under `metric` in space.yaml\n",
+        ),
+        (
+            "{name: val_r2}",
+            "error[task]: the metric `r2` is not for models that predict classes (those are: accuracy, "
+            "balanced_accuracy, f1, roc_auc, average_precision, top5, log_loss, iou)\n",
+        ),
+    ],
+)
+def test_metric_that_the_task_has_not_is_an_error_before_anything_is_trained(
+    project: Path, metric: str, error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(project, "name: blobs\n", f"name: blobs\nmetric: {metric}\n")
+    assert launch() == 1
+    assert capsys.readouterr().err == f"starting the workers\n{error}"
+    assert run(["check", "space.yaml"]) == 1
+    assert capsys.readouterr().err == error
+
+
 def test_gpu_that_is_not_there_is_said_without_a_traceback(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["check", "space.yaml"], ["launch", "space.yaml", "--fleet", "local"]):
         with pytest.MonkeyPatch.context() as patch:

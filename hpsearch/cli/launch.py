@@ -49,7 +49,7 @@ GO_S = 15.0  # that Ray may take to go after an interruption
 @click.option("--fleet", type=click.Choice(["tune", "local"]), default="tune", show_default=True)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, dotted; repeatable.")
 @click.option("--tracking-uri", default=None, help="Instead of MLFLOW_TRACKING_URI.")
-@click.option("--skip-preflight", is_flag=True, help="Search without the checks (none are built yet).")
+@click.option("--skip-preflight", is_flag=True, help="Search without the checks; MLflow is told.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @json_option
 def launch(
