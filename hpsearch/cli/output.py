@@ -61,6 +61,15 @@ def number(value: object) -> str:
     return f"{value:.4g}"
 
 
+def counted(n: int, noun: str) -> str:
+    """A number with its noun.
+
+    >>> counted(1, "trial"), counted(1728, "epoch"), counted(2, "branch")
+    ('1 trial', '1,728 epochs', '2 branches')
+    """
+    return f"{n:,} {noun}" + ("" if n == 1 else "es" if noun == "branch" else "s")
+
+
 def interval(value: object, bounds: object) -> str:
     """A figure with its interval, where there is one: `0.975 [0.953, 0.987]`."""
     if not isinstance(bounds, Mapping) or bounds.get("low") is None:

@@ -6,6 +6,7 @@ import functools
 import shlex
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from hpsearch.assembly import check_resume
@@ -37,6 +38,12 @@ def check_new(run_dir: Path, spec: Spec, folder: Path, *, again: str = "") -> No
     assert state.opened is not None
     found = edits(Spec.from_dump(dict(state.opened.spec)), spec, _configs(state))
     told = [edit.words for edit in found] + _code_edits(state, spec, folder)
+    if is_locked(run_dir):
+        raise UsageError(
+            f"{run_dir} holds this study already, and another launch is at work on it",
+            hint=f"where it stands: {tool('hpsearch')} status {shlex.quote(str(run_dir))}; another study needs another "
+            "--run-dir",
+        )
     message = f"{run_dir} holds this study already"
     if told:
         message = "\n  ".join([f"{message}; since it was opened last:", *told])
@@ -61,6 +68,32 @@ def check_resumed(run_dir: Path, spec: Spec, folder: Path) -> None:
         say(f"edited: {edit.words}")
     for line in _code_edits(state, spec, folder):
         say(f"edited: {line}")
+
+
+def nothing_to_do(run_dir: Path, spec: Spec, folder: Path, stages: Collection[str]) -> bool:
+    """Whether the study of a run directory is through, and a launch with this space would only find that out.
+
+    Args:
+        stages: that the launch may run.
+    """
+    state = _state_of(run_dir, spec)
+    if state is None or not state.done or spec.storage is not None:  # storage may have to be sent what it lacks
+        return False
+    assert state.opened is not None
+    asked = {
+        "preflight": spec.preflight.enabled,
+        "lr_range": spec.measures_lr,
+        "search": True,
+        "baselines": True,
+        "evaluate": spec.evaluate.enabled,
+        "confirm": spec.confirm.enabled,
+        "ensemble": True,
+    }
+    return (
+        all(stage in state.ended_stages for stage, wanted in asked.items() if wanted and stage in stages)
+        and not Spec.changes(Spec.from_dump(dict(state.opened.spec)), spec)
+        and not _code_edits(state, spec, folder)
+    )
 
 
 def wait_for_lock(run_dir: Path) -> None:
