@@ -457,6 +457,31 @@ def test_resume_says_which_code_has_changed_and_goes_on(project: Path, capsys: p
     assert "edited" not in capsys.readouterr().err
 
 
+def test_study_that_never_got_to_its_data_goes_on_with_another_task(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "broken.py").write_text(
+        "import no_such_package\nimport hpsearch\n\nclass Blobs(hpsearch.Task):\n    pass\n"
+    )
+    few = ("--set", "search.trials=1")
+    assert launch("--set", "task=broken.py:Blobs", *few) == 1
+    capsys.readouterr()
+    assert launch("--resume", *few) == 0
+    told = "edited: task: broken.py:Blobs -> task.py:Blobs: nothing was measured yet\n"
+    assert told in capsys.readouterr().err
+    assert launch("--resume", *few, "--set", "task=broken.py:Blobs") == 2
+
+
+def test_second_launch_says_that_the_first_is_at_work(
+    done: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpsearch.cli.resume.is_locked", lambda run_dir: True)
+    assert launch() == 2
+    err = capsys.readouterr().err
+    assert "runs/blobs holds this study already, and another launch is at work on it" in err
+    assert "status runs/blobs" in err
+
+
 def test_directory_of_another_study_is_refused(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert launch("--run-dir", "runs/blobs", "--resume", "--set", "name=other") == 2
     assert "belongs to another study, 'blobs'" in capsys.readouterr().err

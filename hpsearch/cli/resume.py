@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hpsearch.assembly import check_resume
 from hpsearch.cli.output import say, tool
-from hpsearch.edits import code_edits, edits
+from hpsearch.edits import code_edits, early_edits, edits
 from hpsearch.errors import UsageError
 from hpsearch.job import Config
 from hpsearch.journal import FILE_NAME, is_locked, read_journal
@@ -36,7 +36,8 @@ def check_new(run_dir: Path, spec: Spec, folder: Path, *, again: str = "") -> No
     if state is None:
         return
     assert state.opened is not None
-    found = edits(Spec.from_dump(dict(state.opened.spec)), spec, _configs(state))
+    old = Spec.from_dump(dict(state.opened.spec))
+    found = edits(old, spec, _configs(state)) if state.data is not None else early_edits(old, spec)
     told = [edit.words for edit in found] + _code_edits(state, spec, folder)
     if is_locked(run_dir):
         raise UsageError(
@@ -64,7 +65,8 @@ def check_resumed(run_dir: Path, spec: Spec, folder: Path) -> None:
     if state is None:
         return
     assert state.opened is not None
-    for edit in check_resume(Spec.from_dump(dict(state.opened.spec)), spec, run_dir, _configs(state)):
+    old = Spec.from_dump(dict(state.opened.spec))
+    for edit in check_resume(old, spec, run_dir, _configs(state), begun=state.data is not None):
         say(f"edited: {edit.words}")
     for line in _code_edits(state, spec, folder):
         say(f"edited: {line}")
