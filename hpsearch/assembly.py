@@ -15,9 +15,9 @@ from hpsearch.archive import Archive
 from hpsearch.blobs import BlobStore
 from hpsearch.budget import Budget
 from hpsearch.corners import corners
-from hpsearch.edits import Edit, edits
+from hpsearch.edits import Edit, early_edits, edits
 from hpsearch.errors import Problem, SpecError
-from hpsearch.events import Opened, TrialDrawn
+from hpsearch.events import DataSeen, Opened, TrialDrawn
 from hpsearch.job import Config
 from hpsearch.journal import Journal
 from hpsearch.mirror import Mirror
@@ -82,7 +82,8 @@ def open_study(
         drawn = {e.event.trial: e.event for e in journal.entries if isinstance(e.event, TrialDrawn)}
         if before:  # asked first: the stages of another study could make nothing of these events
             configs = {number: event.config for number, event in drawn.items()}
-            check_resume(Spec.from_dump(dict(before[-1].spec)), spec, run_dir, configs)
+            begun = any(isinstance(entry.event, DataSeen) for entry in journal.entries)
+            check_resume(Spec.from_dump(dict(before[-1].spec)), spec, run_dir, configs, begun=begun)
         state = StudyState()
         uid = (before[0].uid if before else uid) or uuid.uuid4().hex
         archive = Archive(spec.storage, spec.name, uid) if spec.storage else None
@@ -205,23 +206,26 @@ def _verified(blobs: BlobStore, state: StudyState) -> Callable[[str], dict[str, 
     return lambda ref: blobs.arrays(ref, state.digests.get(ref, ""))
 
 
-def check_resume(old: Spec, new: Spec, run_dir: Path, configs: Mapping[int, Config]) -> tuple[Edit, ...]:
+def check_resume(
+    old: Spec, new: Spec, run_dir: Path, configs: Mapping[int, Config], *, begun: bool = True
+) -> tuple[Edit, ...]:
     """What was edited since a study was opened last, where the study can go on with all of it.
 
     Args:
         configs: of the trials drawn so far, by number.
+        begun: whether a worker has got as far as its data, so that something may have been measured.
 
     Raises:
         SpecError: with one problem per edit that it cannot go on with.
     """
-    found = edits(old, new, configs)
+    found = edits(old, new, configs) if begun else early_edits(old, new)
     problems = [
         Problem(code="other-study", where=str(run_dir), what=edit.words, hint=edit.hint)
         for edit in found
         if edit.refused
     ]
     if problems:
-        raise SpecError(problems)
+        raise SpecError(problems, file="")
     return found
 
 

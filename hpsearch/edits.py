@@ -67,6 +67,14 @@ def edits(old: Spec, new: Spec, configs: Mapping[int, Config]) -> tuple[Edit, ..
     return (*found, *_parameter_edits(old, new, configs))
 
 
+def early_edits(old: Spec, new: Spec) -> tuple[Edit, ...]:
+    """What differs where no worker has got as far as its data yet: the study can go on with all of it."""
+    return tuple(
+        Edit(key=key, words=f"{key}: {_shown(before)} -> {_shown(after)}: nothing was measured yet")
+        for key, before, after in Spec.changes(old, new)
+    )
+
+
 def code_edits(old: Mapping[str, str], new: Mapping[str, str], trials: Collection[int]) -> tuple[str, ...]:
     """Which files of the task are not what they were, a line for each.
 

@@ -74,13 +74,18 @@ class SpecError(HpsearchError):
     code = "spec"
 
     def __init__(self, problems: Sequence[Problem], *, file: str = "space.yaml") -> None:
+        """
+        Args:
+            file: that they are in, as the user called it; "" where each names its own place.
+        """
         self.problems = tuple(problems)
         self.file = file
         super().__init__("\n".join(map(str, self.problems)))
 
     def __str__(self) -> str:
         n = len(self.problems)
-        closing = f"{n} problem{'s' if n != 1 else ''} in {self.file}; nothing was started."
+        where = f" in {self.file}" if self.file else ""
+        closing = f"{n} problem{'s' if n != 1 else ''}{where}; nothing was started."
         return "\n".join([*map(str, self.problems), closing])
 
 

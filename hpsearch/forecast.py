@@ -137,8 +137,34 @@ class FoldForecast:
         )
 
     def line(self) -> str:
+        jobs = (
+            f"{self.most_jobs:,}"
+            if self.fewest_jobs == self.most_jobs
+            else f"{self.fewest_jobs:,} to {self.most_jobs:,}"
+        )
+        return f"folds: {jobs} trainings of the best {self.trials}, {self.most_epochs:,} epochs at most"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfirmForecast:
+    """What the stage `confirm` trains: at most so many jobs of so many epochs in all."""
+
+    trials: int
+    most_jobs: int
+    most_epochs: int  # of all jobs together
+
+    @classmethod
+    def of(cls, spec: Spec) -> ConfirmForecast | None:
+        """None where the stage is off."""
+        if not spec.confirm.enabled:
+            return None
+        trials = min(spec.confirm.trials, spec.search.trials + (spec.baseline is not None))
+        jobs = trials * spec.confirm.seeds
+        return cls(trials=trials, most_jobs=jobs, most_epochs=jobs * spec.early_stopping.max_epochs)
+
+    def line(self) -> str:
         return (
-            f"folds: {self.fewest_jobs:,} to {self.most_jobs:,} trainings of the best {self.trials}, "
+            f"confirmation: {self.most_jobs:,} trainings at most, of the best {self.trials}, "
             f"{self.most_epochs:,} epochs at most"
         )
 

@@ -260,6 +260,9 @@ class Metric(Section):
         if HIGHER_IS_BETTER.intersection(words):
             return {**raw, "goal": "maximize"}
         hint = f"write metric: {{name: {raw['name']}, goal: maximize}}, or minimize"
+        near = get_close_matches(raw["name"].removeprefix("val_"), ["loss", *NAMED_METRICS], 1)
+        if near:
+            hint = f"did you mean val_{near[0]}? for a metric of the task's own {hint}"
         raise _slip("goal", f"`{{key}}.goal` is needed, since `{raw['name']}` does not tell what is better", hint)
 
 
@@ -594,8 +597,8 @@ class Spec(Section):
     )
     baseline: dict[str, AnyValue] | None = Field(
         default=None,
-        description="a config of yours, a value for each parameter; trained to the end beside the search, as one trial "
-        "more: {lr: 3e-4, width: 128}",
+        description="a config of yours, a value for each parameter that is searched; trained to the end beside the "
+        "search, as one trial more: {lr: 3e-4, width: 128} where these two are searched",
     )
     evaluate: Evaluate = Evaluate(enabled=False)
     confirm: Confirm = Confirm(enabled=False)

@@ -291,11 +291,33 @@ def _wrong_type(kind: str, loc: Loc, key: str, given: object, report: _Report) -
         hint = _EXAMPLES.get(loc, "" if isinstance(given, dict | list) else "put it in quotes")
     elif wanted == "a list" and isinstance(given, str):
         hint = f"write [{as_written(given)}]"
-    elif wanted == "a mapping" and isinstance(given, bool):
-        hint = f"write {{enabled: {'true' if given else 'false'}}}"
+    elif wanted == "a mapping" and len(loc) == 1 and (hint := _section_hint(str(loc[0]), given)):
+        pass
     elif loc == ("metric",) and isinstance(given, str):
         hint = f"write metric: {{name: {as_written(given)}}}"
     report.add("type", loc, f"`{key}` is {wanted} (got {as_found(given)})", hint)
+
+
+_MAIN_KEYS = {"search": "trials", "evaluate": "folds", "confirm": "trials", "ensemble": "size", "lr_range": "seeds"}
+
+
+def _section_hint(section: str, given: object) -> str:
+    """How to write what was meant by a single value in place of a section; "" where nobody knows."""
+    word = str(given).lower()
+    if section == "finish":
+        return "leave it out: it is not built yet"
+    fields = _SECTIONS[section].model_fields if section in _SECTIONS else {}
+    if "enabled" in fields and word in ("true", "yes", "on", "false", "no", "off", "none"):
+        return f"write {{enabled: {'true' if word in ('true', 'yes', 'on') else 'false'}}}"
+    if isinstance(given, bool):
+        return ""
+    if isinstance(given, int) and section in _MAIN_KEYS:
+        return f"write {{{_MAIN_KEYS[section]}: {given}}}"
+    if section == "early_stopping" and isinstance(given, str):
+        return f"write {{type: {as_written(given)}}}"
+    if section == "search" and isinstance(given, str):
+        return f"write {{method: {as_written(given)}}}"
+    return ""
 
 
 def _not_an_option(loc: Loc, key: str, given: object, report: _Report) -> None:
@@ -426,6 +448,9 @@ def _check_relations(spec: Spec, raw: Mapping[str, Any], report: _Report) -> Non
             _check_baseline(spec.baseline, Space(parameters=parameters), report)
     _check_bounds_from(spec, report)
     _check_per(spec, parameters, known, report)
+    if not (spec.resources.cpus or spec.resources.gpus or spec.resources.custom):  # thousands of them would fit
+        what = "`resources.cpus` is above 0 where a worker holds nothing else"
+        report.add("range", ("resources", "cpus"), what, "write cpus: 1, or a share such as 0.5")
     if spec.evaluate.enabled and not spec.shuffle:
         what = "`evaluate` cuts the rows into folds by chance, and shuffle: false says that their order matters"
         hint = "leave `evaluate` out: a later part of the sequence as val is the honest measure there"

@@ -194,7 +194,7 @@ def test_what_would_make_old_trials_incomparable_is_refused(tmp_path: Path, chan
     assert str(raised.value) == (
         f"error[other-study]: {tmp_path}: {told}\n"
         "  hint: put it back, or choose another --run-dir for a new study\n"
-        "1 problem in space.yaml; nothing was started."
+        "1 problem; nothing was started."
     )
     assert (tmp_path / FILE_NAME).read_bytes() == before
     assert not is_locked(tmp_path)

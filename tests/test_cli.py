@@ -250,6 +250,36 @@ def test_resume_of_a_finished_study_says_the_same(project: Path, capsys: pytest.
     assert second["mlflow"]["run_id"] == first["mlflow"]["run_id"]
 
 
+def test_resume_of_a_study_that_is_through_starts_no_workers(
+    done: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fleet(*anything: object) -> None:
+        raise AssertionError("a fleet was made")
+
+    before = (done / "runs/blobs/journal.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("hpsearch.cli.launch.make_fleet", fleet)
+        assert launch("--resume") == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"{done}/runs/blobs holds this study, done; nothing is left to train\n")
+    assert captured.out.startswith("blobs: 8 trials: ")
+    assert (done / "runs/blobs/journal.jsonl").read_bytes() == before
+
+
+def test_verdict_ends_with_the_run_directory_and_its_plots(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch("--resume") == 0
+    n = len(list((done / "runs/blobs/plots").glob("*.png")))
+    assert capsys.readouterr().out.splitlines()[-1] == f"run directory: runs/blobs; {n} plots in runs/blobs/plots"
+
+
+def test_sync_finds_the_tracking_uri_of_the_launch(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch("--set", "search.trials=2", "--tracking-uri", "sqlite:///other.db") == 0
+    capsys.readouterr()
+    assert run(["sync", "runs/blobs"]) == 0
+    assert capsys.readouterr().out.startswith(f"sqlite:///{project / 'other.db'} ")
+    assert not (project / "mlflow.db").exists()
+
+
 def test_resume_where_there_is_nothing_starts_afresh(project: Path) -> None:
     assert launch("--resume", "--set", "search.trials=2") == 0
 
@@ -262,6 +292,28 @@ def test_set_overrides_a_key(project: Path, capsys: pytest.CaptureFixture[str]) 
 def test_dry_run_starts_nothing(project: Path) -> None:
     assert launch("--dry-run") == 0
     assert not (project / "runs").exists()
+
+
+def test_dry_run_counts_confirmation_and_folds_and_stops_at_the_budget(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--set", "confirm={trials: 3, seeds: 3}", "--set", "evaluate={folds: 2, trials: 3}")
+    assert launch("--dry-run", "--set", "lr_range.per=[]", "--set", "budget.epochs=5", *more) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "LR range: 2 ramps of 30 steps in 1 branch" in lines
+    assert "epochs: about 16 of 32 without early stopping; budget.epochs ends the search at 5" in lines
+    assert "folds: 6 trainings of the best 3, 24 epochs at most" in lines
+    assert "confirmation: 9 trainings at most, of the best 3, 36 epochs at most" in lines
+
+
+def test_dry_run_says_what_is_behind_and_that_a_gpu_is_missing(
+    done: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert run(["launch", "space.yaml", "--dry-run", "--resume", "--set", "resources.gpus=1"]) == 0
+    out = capsys.readouterr().out
+    assert "warning[gpu]: a worker asks for 1 GPU, and torch finds none on this machine\n" in out
+    assert re.search(r"runs/blobs holds this study, done: 8 trials and \d+ epochs are behind it", out)
 
 
 # What users get wrong
@@ -405,6 +457,31 @@ def test_resume_says_which_code_has_changed_and_goes_on(project: Path, capsys: p
     assert "edited" not in capsys.readouterr().err
 
 
+def test_study_that_never_got_to_its_data_goes_on_with_another_task(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "broken.py").write_text(
+        "import no_such_package\nimport hpsearch\n\nclass Blobs(hpsearch.Task):\n    pass\n"
+    )
+    few = ("--set", "search.trials=1")
+    assert launch("--set", "task=broken.py:Blobs", *few) == 1
+    capsys.readouterr()
+    assert launch("--resume", *few) == 0
+    told = "edited: task: broken.py:Blobs -> task.py:Blobs: nothing was measured yet\n"
+    assert told in capsys.readouterr().err
+    assert launch("--resume", *few, "--set", "task=broken.py:Blobs") == 2
+
+
+def test_second_launch_says_that_the_first_is_at_work(
+    done: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpsearch.cli.resume.is_locked", lambda run_dir: True)
+    assert launch() == 2
+    err = capsys.readouterr().err
+    assert "runs/blobs holds this study already, and another launch is at work on it" in err
+    assert "status runs/blobs" in err
+
+
 def test_directory_of_another_study_is_refused(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert launch("--run-dir", "runs/blobs", "--resume", "--set", "name=other") == 2
     assert "belongs to another study, 'blobs'" in capsys.readouterr().err
@@ -476,6 +553,33 @@ def test_what_every_job_fails_at_is_told_once_at_the_users_own_place(
     assert expected in re.sub(r"\(\d+,", "(300,", err)
     assert err.count(expected.splitlines()[0].split(": ")[-1][-20:]) == 1
     assert "warning[crashed]" not in err
+
+
+@pytest.mark.parametrize(
+    ("metric", "error"),
+    [
+        (
+            "{name: val_acuracy, goal: maximize}",
+            "error[task]: the study's metric `val_acuracy` is not among those of the task (known: train_loss, "
+            "val_loss, val_accuracy)\n"
+            "  hint: did you mean val_accuracy? else give it in Task.metrics(), or name one of these, and its goal, "
+            "under `metric` in space.yaml\n",
+        ),
+        (
+            "{name: val_r2}",
+            "error[task]: the metric `r2` is not for models that predict classes (those are: accuracy, "
+            "balanced_accuracy, f1, roc_auc, average_precision, top5, log_loss, iou)\n",
+        ),
+    ],
+)
+def test_metric_that_the_task_has_not_is_an_error_before_anything_is_trained(
+    project: Path, metric: str, error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(project, "name: blobs\n", f"name: blobs\nmetric: {metric}\n")
+    assert launch() == 1
+    assert capsys.readouterr().err == f"starting the workers\n{error}"
+    assert run(["check", "space.yaml"]) == 1
+    assert capsys.readouterr().err == error
 
 
 def test_gpu_that_is_not_there_is_said_without_a_traceback(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -550,7 +654,7 @@ def test_launch_goes_on_without_mlflow_and_names_sync(project: Path, capsys: pyt
     captured = capsys.readouterr()
     assert json.loads(captured.out)["mlflow"]["run_id"] is None
     assert "hpsearch sync" in captured.err
-    assert run(["sync", "runs/blobs"]) == 0
+    assert run(["sync", "runs/blobs", "--tracking-uri", "sqlite:///mlflow.db"]) == 0
 
 
 @pytest.mark.parametrize("arguments", [["pull", "blobs"], ["sync", "runs/blobs"]])

@@ -126,6 +126,17 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_baseline_of_the_text_is_one_of_its_own_space(project: Path) -> None:
+    written = next(code for code in inline_code() if code.startswith("baseline: {"))
+    (project / "space.yaml").write_text((project / "space.yaml").read_text() + written + "\n")
+    assert read_spec(project / "space.yaml").baseline_config is not None
+
+
+def test_text_names_each_verb_that_is_not_built() -> None:
+    section = README.partition("## What it does not do")[2].partition("\n## ")[0]
+    assert all(f"`{verb}`" in section for verb in UNBUILT)
+
+
 @pytest.mark.parametrize("text", [text for text in blocks("yaml") if "parameters:" in text])
 def test_space_is_valid_beside_its_task(project: Path, text: str) -> None:
     space = project / "space.yaml"

@@ -259,6 +259,42 @@ def test_grid_is_refused_with_the_reason() -> None:
 @pytest.mark.parametrize(
     ("written", "found", "hint"),
     [
+        ("preflight: no", '"no"', "write {enabled: false}"),
+        ("lr_range: off", '"off"', "write {enabled: false}"),
+        ("ensemble: false", "false", "write {enabled: false}"),
+        ("evaluate: 3", "3", "write {folds: 3}"),
+        ("search: 20", "20", "write {trials: 20}"),
+        ("early_stopping: sha", '"sha"', "write {type: sha}"),
+        ("finish: true", "true", "leave it out: it is not built yet"),
+    ],
+)
+def test_single_value_in_place_of_a_section_is_told_how_to_write_it(written: str, found: str, hint: str) -> None:
+    key = written.partition(":")[0]
+    place = f"space.yaml:5:{len(key) + 3}"
+    assert problems(SMALL + f"{written}\n") == [
+        f"error[type]: {place}: `{key}` is a mapping (got {found})\n  hint: {hint}"
+    ]
+
+
+def test_worker_that_asks_for_nothing_is_refused() -> None:
+    assert problems(SMALL + "resources: {cpus: 0}\n") == [
+        "error[range]: space.yaml:5:19: `resources.cpus` is above 0 where a worker holds nothing else\n"
+        "  hint: write cpus: 1, or a share such as 0.5"
+    ]
+    assert parse_spec(SMALL + "resources: {cpus: 0, gpus: 1}\n").resources.cpus == 0
+
+
+def test_metric_that_is_nearly_a_known_one_is_asked_about() -> None:
+    assert problems(SMALL + "metric: {name: val_acuracy}\n") == [
+        "error[goal]: space.yaml:5:1: `metric.goal` is needed, since `val_acuracy` does not tell what is better\n"
+        "  hint: did you mean val_accuracy? for a metric of the task's own write metric: {name: val_acuracy, goal: "
+        "maximize}, or minimize"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("written", "found", "hint"),
+    [
         ("fp8", '"fp8"', ""),
         ("bfloat16", '"bfloat16"', "\n  hint: did you mean bf16?"),
         ("16", "16", "\n  hint: did you mean bf16?"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hpsearch.corners import corners
 from hpsearch.errors import UserCodeError
 from hpsearch.sampler import RandomSampler, Sampler, SobolSampler
 from hpsearch.spec import Spec
@@ -54,4 +55,5 @@ def make_executor(spec: Spec, folder: Path) -> Executor:
         shuffle=spec.shuffle,
         lanes=None if spec.resources.lanes == "auto" else spec.resources.lanes,
         guard_memory=guard_of(min(gpus, 1.0)),
+        example=next(iter(corners(spec.space, spec.per).values()), None),
     )

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from hpsearch.budget import size_text
-from hpsearch.cli.output import is_terminal, number, say
+from hpsearch.cli.output import counted, is_terminal, number, say
 from hpsearch.errors import UserCodeError
 from hpsearch.events import (
     Confirmed,
@@ -105,7 +105,8 @@ class Display:
             case Confirmed(standings=(first, *others)):
                 say(f"confirm: trial {first['trial']} is first of {1 + len(others)} by the mean of its fresh seeds")
             case StageEnded(stage="search", reason=reason):
-                say(f"search: {self._progress()}" + (f" (ended by {reason})" if reason else ""))
+                told = [self._progress(), f"(ended by {reason})" if reason else ""]
+                say(f"search: {' '.join(part for part in told if part)}")
             case RangeMeasured() as measured:
                 say(_range_line(measured))
             case Finished(outcome="diverged", trial=int()) as result:
@@ -195,11 +196,11 @@ class Display:
         state = self._state
         if not state.trials:
             ramps = sum(1 for key in state.results if key.startswith(("ramp/", "probe/")))
-            return f"LR range: {ramps} ramps and probes done" if ramps else ""
+            return f"LR range: {counted(ramps, 'ramp')} and probes done" if ramps else ""
         counts = state.counts()
         told = [f"{counts[s]} {s}" for s in TrialState if counts[s]]
         best = state.best()
-        line = f"{len(state.trials)} trials: {', '.join(told)}"
+        line = f"{counted(len(state.trials), 'trial')}: {', '.join(told)}"
         if best is not None and best.best_metrics:
             assert state.opened is not None
             metric = state.opened.spec["metric"]

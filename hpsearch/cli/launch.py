@@ -18,16 +18,17 @@ from hpsearch.assembly import STAGES
 from hpsearch.cli.adapters import make_executor, make_sampler
 from hpsearch.cli.display import Display
 from hpsearch.cli.environment import environment
-from hpsearch.cli.output import json_option, print_json, say
+from hpsearch.cli.output import counted, json_option, print_json, say
 from hpsearch.cli.refill import refill
 from hpsearch.cli.remote import Order, is_remote, run_there
-from hpsearch.cli.resume import check_new, check_resumed, command_again, earlier_study, wait_for_lock
-from hpsearch.cli.run_verbs import counts_line
+from hpsearch.cli.resume import check_new, check_resumed, command_again, earlier_study, nothing_to_do, wait_for_lock
+from hpsearch.cli.run_verbs import counts_line, state_of
 from hpsearch.cli.spec_verbs import SPACE
+from hpsearch.cli.tracking_uri import remembered_uri, to_remember
 from hpsearch.cli.verdict_text import lr_table, verdict_text
 from hpsearch.errors import NoUsableTrial, UsageError
 from hpsearch.fleets import Fleet, Launch
-from hpsearch.forecast import FoldForecast, forecast
+from hpsearch.forecast import ConfirmForecast, FoldForecast, forecast
 from hpsearch.rungs import rung_epochs
 from hpsearch.spec import Spec, read_spec
 from hpsearch.state import Entry, StudyState
@@ -49,7 +50,7 @@ GO_S = 15.0  # that Ray may take to go after an interruption
 @click.option("--fleet", type=click.Choice(["tune", "local"]), default="tune", show_default=True)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, dotted; repeatable.")
 @click.option("--tracking-uri", default=None, help="Instead of MLFLOW_TRACKING_URI.")
-@click.option("--skip-preflight", is_flag=True, help="Search without the checks (none are built yet).")
+@click.option("--skip-preflight", is_flag=True, help="Search without the checks; MLflow is told.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @json_option
 def launch(
@@ -89,7 +90,7 @@ def launch(
     if dry_run:
         if resume:
             check_resumed(run_dir, spec, folder)
-        _tell_plan(spec, run_dir, folder, as_json)
+        _tell_plan(spec, run_dir, folder, as_json, lacks_gpu=address is None and _lacks_gpu(spec))
         return
     refill(run_dir, spec, resume=resume, again=command_again(run_dir))
     if resume:
@@ -98,14 +99,19 @@ def launch(
     else:
         check_new(run_dir, spec, folder, again=command_again(run_dir))
     stages = tuple(stage for stage in STAGES if stage != "preflight" or not skip_preflight)
-    run = make_launch(spec, space, run_dir, stages)
+    tracking_uri = tracking_uri or remembered_uri(earlier_study(run_dir))
+    run = make_launch(spec, space, run_dir, stages, tracking_uri)
     session = Session(run, tracking_uri, started_at)
-    session.run(make_fleet(run, fleet, workers, address), again=command_again(run_dir))
+    if resume and nothing_to_do(run_dir, spec, folder, stages):
+        session.tell_again()
+    else:
+        session.run(make_fleet(run, fleet, workers, address), again=command_again(run_dir))
     outcome = session.verdict()
     if as_json:
         print_json(outcome)
     else:
         click.echo(verdict_text(session.state, outcome, session.report, tracking_uri))
+        click.echo(_kept_line(run_dir))
     if session.state.beats_baseline is False:
         click.get_current_context().exit(NoUsableTrial.exit_code)
 
@@ -203,7 +209,7 @@ class Session:
         if earlier.done:
             say(f"{self._run.run_dir} holds this study, done; it goes on where there is more to do")
         elif earlier.trials:
-            say(f"resuming {self._run.run_dir}: {counts_line(earlier)}")
+            say(f"resuming {self._run.run_dir}: {counts_line(state_of(self._run.run_dir))}")
 
         def watch(entries: Sequence[Entry]) -> None:
             new = [entry for entry in entries if entry.seq >= earlier.n_entries]
@@ -233,6 +239,16 @@ class Session:
         self._tracking_s = time.monotonic() - tracking_began
         closing.join()
 
+    def tell_again(self) -> None:
+        """Take a study that is through, with nothing to train: MLflow gets what it lacks, figures are kept."""
+        say(f"{self._run.run_dir} holds this study, done; nothing is left to train")
+        self.state = earlier_study(self._run.run_dir)
+        began = time.monotonic()
+        self._tracking.start()
+        self.report = self._tracking.close(self.state)
+        self.mlflow = self.report.as_json()
+        self._tracking_s = time.monotonic() - began
+
     def verdict(self) -> dict[str, object]:
         """The object that `launch --json` ends with."""
         return verdict(
@@ -259,8 +275,18 @@ def make_fleet(run: Launch, fleet: str, workers: int | None, address: str | None
     return TuneFleet(run, workers=workers, address=address, say=say)
 
 
-def make_launch(spec: Spec, space: Path, run_dir: Path, stages: tuple[str, ...]) -> Launch:
+def make_launch(
+    spec: Spec, space: Path, run_dir: Path, stages: tuple[str, ...], tracking_uri: str | None = None
+) -> Launch:
+    """A launch of these stages, with what `hpsearch sync` has to know later.
+
+    Args:
+        tracking_uri: as the command line gave it.
+    """
     folder = space.resolve().parent
+    more: dict[str, object] = {} if "preflight" in stages else {"preflight": "skipped"}
+    if tracking_uri is not None:
+        more |= to_remember(tracking_uri)
     return Launch(
         run_dir=run_dir.resolve(),
         spec=spec,
@@ -268,7 +294,7 @@ def make_launch(spec: Spec, space: Path, run_dir: Path, stages: tuple[str, ...])
         make_sampler=make_sampler,
         make_executor=make_executor,
         spec_text=space.read_text(encoding="utf-8"),
-        environment=environment(folder) | ({} if "preflight" in stages else {"preflight": "skipped"}),
+        environment=environment(folder) | more,
         code=task_code(spec.task, folder),
         stages=stages,
     )
@@ -282,14 +308,11 @@ def check_fleet(fleet: str, address: str | None, spec: Spec) -> None:
             "--fleet local does not start: it runs everything in this one",
             hint="leave --fleet out, or try it with --set resources.gpus=1",
         )
-    if fleet == "local" and spec.resources.gpus:
-        from hpsearch.training.memory import has_gpu
-
-        if not has_gpu():
-            raise UsageError(
-                f"a worker asks for {spec.resources.gpus:g} GPU; torch finds none on this machine",
-                hint="--set resources.gpus=0 does without, and --address names a cluster that has one",
-            )
+    if fleet == "local" and _lacks_gpu(spec):
+        raise UsageError(
+            f"a worker asks for {spec.resources.gpus:g} GPU; torch finds none on this machine",
+            hint="--set resources.gpus=0 does without, and --address names a cluster that has one",
+        )
     if address is not None and fleet == "local":
         raise UsageError(
             "--address names a Ray cluster, which --fleet local does not use", hint="leave one of them out"
@@ -302,13 +325,34 @@ def check_fleet(fleet: str, address: str | None, spec: Spec) -> None:
         )
 
 
+def _lacks_gpu(spec: Spec) -> bool:
+    """Whether workers ask for GPUs that torch does not find here."""
+    if not spec.resources.gpus:
+        return False
+    from hpsearch.training.memory import has_gpu
+
+    return not has_gpu()
+
+
+def _kept_line(run_dir: Path) -> str:
+    """Where everything lies, with the plots where there are some."""
+    drawn = len(list((run_dir / "plots").glob("*.png")))
+    plots = f"; {counted(drawn, 'plot')} in {run_dir / 'plots'}" if drawn else ""
+    return f"run directory: {run_dir}{plots}"
+
+
 def _fresh(path: Path) -> Path:
     """`path`, or the first of path-2, path-3, … that is not there."""
     candidates = (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in range(1, sys.maxsize))
     return next(candidate for candidate in candidates if not candidate.exists())
 
 
-def _tell_plan(spec: Spec, run_dir: Path, folder: Path, as_json: bool) -> None:
+def _tell_plan(spec: Spec, run_dir: Path, folder: Path, as_json: bool, *, lacks_gpu: bool) -> None:
+    """What a launch would train and keep.
+
+    Args:
+        lacks_gpu: a worker asks for a GPU, and this machine, which is to train, has none.
+    """
     stopping = spec.early_stopping
     halving = stopping.enabled and stopping.type in ("asha", "sha")
     rungs = rung_epochs(stopping.min_epochs, stopping.max_epochs, stopping.reduction_factor) if halving else ()
@@ -316,8 +360,11 @@ def _tell_plan(spec: Spec, run_dir: Path, folder: Path, as_json: bool) -> None:
     rungs = (*rungs, stopping.max_epochs)
     with contextlib.redirect_stdout(sys.stderr):  # the task's code may print
         disk = forecast(spec, folder, run_dir)
-    folds = FoldForecast.of(spec)
+    folds, confirmation = FoldForecast.of(spec), ConfirmForecast.of(spec)
     own = spec.baseline is not None
+    earlier = earlier_study(run_dir)
+    limit = spec.budget.epochs
+    expected = _expected_epochs(spec, rungs[:-1]) + own * stopping.max_epochs
     plan = {
         "study": spec.name,
         "run_dir": str(run_dir),
@@ -327,8 +374,13 @@ def _tell_plan(spec: Spec, run_dir: Path, folder: Path, as_json: bool) -> None:
         "rungs": rungs,
         "baseline": own,
         "epochs_without_stopping": (spec.search.trials + own) * stopping.max_epochs,
-        "epochs_expected": _expected_epochs(spec, rungs[:-1]) + own * stopping.max_epochs,
+        "epochs_expected": expected if limit is None else min(limit, expected),
+        "epochs_budget": limit,
+        "done": earlier.done,
+        "trials_behind": len(earlier.trials),
+        "epochs_behind": epochs(earlier)["search"],
         "evaluate": None if folds is None else asdict(folds),
+        "confirm": None if confirmation is None else asdict(confirmation),
         "ramps": len(branches) * spec.lr_range.seeds,
         "branches": branches,
         "disk": disk.as_json(),
@@ -337,22 +389,34 @@ def _tell_plan(spec: Spec, run_dir: Path, folder: Path, as_json: bool) -> None:
         print_json(plan)
         return
     click.echo(
-        f"{spec.name}: {plan['trials']} trials over {plan['searched_parameters']} searched parameters"
-        + (", and your baseline config" if own else "")
+        f"{spec.name}: {counted(spec.search.trials, 'trial')} over "
+        f"{counted(spec.space.n_dims, 'searched parameter')}" + (", and your baseline config" if own else "")
     )
     if branches:
-        click.echo(f"LR range: {plan['ramps']} ramps of {spec.lr_range.steps} steps in {len(branches)} branches")
+        ramps = counted(len(branches) * spec.lr_range.seeds, "ramp")
+        click.echo(f"LR range: {ramps} of {spec.lr_range.steps} steps in {counted(len(branches), 'branch')}")
     else:
         click.echo("LR range: none (no parameter has bounds_from: lr_range)")
     click.echo(f"ranked by {spec.metric.name}, {'lower' if spec.metric.goal == 'minimize' else 'higher'} is better")
     click.echo(f"rungs at epochs {', '.join(map(str, rungs))}")
-    click.echo(
-        f"epochs: about {plan['epochs_expected']:,} of {plan['epochs_without_stopping']:,} without early stopping"
-    )
-    if folds is not None:
-        click.echo(folds.line())
+    capped = f"; budget.epochs ends the search at {limit:,}" if limit is not None and limit < expected else ""
+    click.echo(f"epochs: about {expected:,} of {plan['epochs_without_stopping']:,} without early stopping{capped}")
+    for stage in (folds, confirmation):
+        if stage is not None:
+            click.echo(stage.line())
     for line in disk.lines():
         click.echo(line)
+    if lacks_gpu:
+        click.echo(
+            f"warning[gpu]: a worker asks for {spec.resources.gpus:g} GPU, and torch finds none on this machine\n"
+            "  hint: name a cluster with --address, or --set resources.gpus=0"
+        )
+    if earlier.opened is not None:
+        what = "this study" if earlier.opened.study == spec.name else f"another study, {earlier.opened.study!r}"
+        click.echo(
+            f"{run_dir} holds {what}{', done' if earlier.done else ''}: {counted(len(earlier.trials), 'trial')} and "
+            f"{counted(epochs(earlier)['search'], 'epoch')} are behind it, and are not trained again"
+        )
     click.echo(f"run directory: {run_dir}. Nothing was started.")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from hpsearch.cli.output import json_option, print_json, say
+from hpsearch.cli.output import counted, json_option, print_json, say
 
 
 @click.command("pull")
@@ -42,7 +42,7 @@ def pull(
     if as_json:
         print_json(summary)
     else:
-        say(f"{model} version {pulled.version}: {len(pulled.package.members)} members, verified.")
+        say(f"{model} version {pulled.version}: {counted(len(pulled.package.members), 'member')}, verified.")
         click.echo(str(pulled.out))
 
 

@@ -50,6 +50,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def counted(n: int, noun: str) -> str:
+    """A number with its noun.
+
+    >>> counted(1, "trial"), counted(1728, "epoch"), counted(2, "branch")
+    ('1 trial', '1,728 epochs', '2 branches')
+    """
+    return f"{n:,} {noun}" + ("" if n == 1 else "es" if noun == "branch" else "s")
+
+
 def tool(name: str) -> str:
     """How to call a program of this installation from here: by its name where PATH finds it, else by its path.
 

@@ -6,11 +6,12 @@ import functools
 import shlex
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from hpsearch.assembly import check_resume
 from hpsearch.cli.output import say, tool
-from hpsearch.edits import code_edits, edits
+from hpsearch.edits import code_edits, early_edits, edits
 from hpsearch.errors import UsageError
 from hpsearch.job import Config
 from hpsearch.journal import FILE_NAME, is_locked, read_journal
@@ -35,8 +36,15 @@ def check_new(run_dir: Path, spec: Spec, folder: Path, *, again: str = "") -> No
     if state is None:
         return
     assert state.opened is not None
-    found = edits(Spec.from_dump(dict(state.opened.spec)), spec, _configs(state))
+    old = Spec.from_dump(dict(state.opened.spec))
+    found = edits(old, spec, _configs(state)) if state.data is not None else early_edits(old, spec)
     told = [edit.words for edit in found] + _code_edits(state, spec, folder)
+    if is_locked(run_dir):
+        raise UsageError(
+            f"{run_dir} holds this study already, and another launch is at work on it",
+            hint=f"where it stands: {tool('hpsearch')} status {shlex.quote(str(run_dir))}; another study needs another "
+            "--run-dir",
+        )
     message = f"{run_dir} holds this study already"
     if told:
         message = "\n  ".join([f"{message}; since it was opened last:", *told])
@@ -57,10 +65,37 @@ def check_resumed(run_dir: Path, spec: Spec, folder: Path) -> None:
     if state is None:
         return
     assert state.opened is not None
-    for edit in check_resume(Spec.from_dump(dict(state.opened.spec)), spec, run_dir, _configs(state)):
+    old = Spec.from_dump(dict(state.opened.spec))
+    for edit in check_resume(old, spec, run_dir, _configs(state), begun=state.data is not None):
         say(f"edited: {edit.words}")
     for line in _code_edits(state, spec, folder):
         say(f"edited: {line}")
+
+
+def nothing_to_do(run_dir: Path, spec: Spec, folder: Path, stages: Collection[str]) -> bool:
+    """Whether the study of a run directory is through, and a launch with this space would only find that out.
+
+    Args:
+        stages: that the launch may run.
+    """
+    state = _state_of(run_dir, spec)
+    if state is None or not state.done or spec.storage is not None:  # storage may have to be sent what it lacks
+        return False
+    assert state.opened is not None
+    asked = {
+        "preflight": spec.preflight.enabled,
+        "lr_range": spec.measures_lr,
+        "search": True,
+        "baselines": True,
+        "evaluate": spec.evaluate.enabled,
+        "confirm": spec.confirm.enabled,
+        "ensemble": True,
+    }
+    return (
+        all(stage in state.ended_stages for stage, wanted in asked.items() if wanted and stage in stages)
+        and not Spec.changes(Spec.from_dump(dict(state.opened.spec)), spec)
+        and not _code_edits(state, spec, folder)
+    )
 
 
 def wait_for_lock(run_dir: Path) -> None:

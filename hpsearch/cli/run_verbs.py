@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from hpsearch.blobs import BlobStore
-from hpsearch.cli.output import json_option, number, print_json, say, table
+from hpsearch.cli.output import counted, json_option, number, print_json, say, table
 from hpsearch.errors import UsageError
 from hpsearch.events import Returned
 from hpsearch.journal import is_locked, read_journal
@@ -288,7 +288,7 @@ def counts_line(state: StudyState) -> str:
     told = ", ".join(f"{n} {name}" for name, n in counts.items() if name != "total")
     trained = epochs(state)["search"]
     full = sum(trial.max_epochs for trial in state.trials.values())
-    return f"{counts['total']} trials: {told}. {trained:,} of {full:,} epochs trained."
+    return f"{counted(counts['total'], 'trial')}: {told}. {trained:,} of {full:,} epochs trained."
 
 
 @click.command("note")
@@ -318,12 +318,14 @@ def sync(run: Path, tracking_uri: str | None, address: str | None, as_json: bool
         ask_there("sync", str(run), address, *(["--json"] if as_json else []), tracking_uri=tracking_uri)
     state = state_of(run)
     from hpsearch.cli.tracking import make_tracker
+    from hpsearch.cli.tracking_uri import remembered_uri
 
+    tracking_uri = tracking_uri or remembered_uri(state)
     with contextlib.closing(make_tracker(run, tracking_uri)) as tracker:
         report = tracker.sync(state, running=is_locked(run))
     report.raise_for_error()
     if as_json:
         print_json({"study": state.name, "sent": report.sent, "waiting": report.waiting, "mlflow": report.as_json()})
     else:
-        say(f"{report.sent} operations sent, {report.waiting} waiting.")
+        say(f"{counted(report.sent, 'operation')} sent, {report.waiting} waiting.")
         click.echo(f"{report.tracking_uri} experiment {report.experiment_id} run {report.run_id}")

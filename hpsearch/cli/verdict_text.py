@@ -31,7 +31,8 @@ def verdict_text(
 ) -> str:
     """A short readable verdict: best trial, ensemble, test scores with intervals, MLflow, the next command."""
     best, ensemble = _mapping(outcome["best"]), _mapping(outcome["ensemble"])
-    lines = [f"{outcome['study']}: {counts_line(state)} {outcome['wall_s']} s in all.", ""]
+    span = "in all" if len(state.resumed_at) <= 1 else "of this launch"
+    lines = [f"{outcome['study']}: {counts_line(state)} {outcome['wall_s']} s {span}.", ""]
     if training_line(state):
         lines.insert(1, training_line(state))
     lines.append(_scores(best, ensemble))

@@ -9,6 +9,7 @@ What a config or the user's code can cause is an outcome of the job, never an ex
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import time
@@ -41,6 +42,7 @@ from hpsearch.job import (
     TrainJob,
 )
 from hpsearch.lane_groups import may_share
+from hpsearch.metric_names import NAMED_METRICS
 from hpsearch.task import Task, has_own_fit
 from hpsearch.training.checkpoint import Checkpoint, pack, unpack
 from hpsearch.training.data import StudyData
@@ -53,6 +55,7 @@ from hpsearch.training.loop import DefaultTraining, Training, read_settings
 from hpsearch.training.measure import split_output
 from hpsearch.training.measure_jobs import Measuring, metric_names
 from hpsearch.training.memory import MemoryGuard
+from hpsearch.training.named_metrics import require_defined, unknown_metric
 from hpsearch.training.outcome import Curve, require_continuable
 from hpsearch.training.own_loop import OwnTraining
 from hpsearch.training.process import borrowed_process, warm_up
@@ -89,6 +92,7 @@ class TorchExecutor:
         lanes: int | None = 1,
         should_stop: Callable[[], bool] | None = None,
         guard_memory: Callable[[torch.device], MemoryGuard | None] | None = None,
+        example: Config | None = None,
     ) -> None:
         """Loads nothing yet.
 
@@ -103,6 +107,8 @@ class TorchExecutor:
             shuffle: whether training rows come in another order each epoch.
             lanes: most trials that share a program; None: as many as are measured to pay.
             should_stop: asked between epochs; when it says yes, `run` ends without a result for the job at hand.
+            example: a config of the study, whose untrained model tells whether the study's metric is one of the task's;
+                None: only training will tell.
             guard_memory: gives the guard of a device's memory; None where memory is not shared with others.
         """
         if device == "auto":
@@ -123,6 +129,7 @@ class TorchExecutor:
         self._group: Group | None = None
         self._lanes = Lanes(1 if has_own_fit(task) else lanes, self._device)
         self._guard_memory = guard_memory
+        self._example = example
         self._memory: MemoryGuard | None = None
         self._data_folder: Path | None = None
 
@@ -143,7 +150,7 @@ class TorchExecutor:
             config: with one, the metrics of the default loop are found by asking an untrained model about some rows.
 
         Raises:
-            UserCodeError: the task or its data cannot be used.
+            UserCodeError: the task or its data cannot be used, or the study's metric is none of the task's.
             ClusterError: the device's memory is in use by others.
         """
         own = has_own_fit(self._task)
@@ -155,8 +162,33 @@ class TorchExecutor:
             metrics: tuple[str, ...] = ()
             if config is not None and not own:
                 metrics = metric_names(self._task, self._data, config, seed=self._study_seed, device=self._device)
+            elif self._example is not None and not own and self._metric != "val_loss":
+                metrics = self._metrics_of(self._example)
             warm_up()
             return replace(self._data.info, metrics=metrics, resumable=not own)
+
+    def _metrics_of(self, config: Config) -> tuple[str, ...]:
+        """The metrics that trials will report; () where an untrained model cannot be asked, which training will tell.
+
+        Raises:
+            UserCodeError: the study's metric is none of them.
+        """
+        bare = copy.copy(self._task)
+        bare.metric_names = ()  # those of hpsearch's own may have no value on the few rows that are asked about
+        try:
+            own = metric_names(bare, self._data, config, seed=self._study_seed, device=self._device)
+        except UserCodeError:
+            return ()  # may be this config's alone; preflight and trials say it with their own place
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._free_memory()
+            return ()
+        if self._metric not in own:
+            if self._metric.removeprefix("val_") not in NAMED_METRICS:
+                raise unknown_metric(self._metric, own, self._data.info.outputs)
+            require_defined(self._metric.removeprefix("val_"), self._data.info.outputs)
+        return tuple(dict.fromkeys([*own, *(f"val_{name}" for name in self._task.metric_names)]))
 
     def fills(self, job: Job) -> bool:
         """Whether others would be taken beside this job."""
@@ -439,10 +471,7 @@ class TorchExecutor:
 
     def _objective(self, row: EpochMetrics) -> float:
         if self._metric not in row.metrics:
-            raise UserCodeError(
-                f"the study's metric `{self._metric}` is not among those of the task (known: {', '.join(row.metrics)})",
-                hint="give it in Task.metrics(), or name one of these, and its goal, under `metric` in space.yaml",
-            )
+            raise unknown_metric(self._metric, list(row.metrics), self._data.info.outputs)
         return self._sign * row.metrics[self._metric]
 
     def _check(self, job: CheckJob) -> Result:

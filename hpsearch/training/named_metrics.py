@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def named_metrics(names: Sequence[str], prediction: Tensor, target: Tensor, outp
     if not names:
         return {}
     for name in names:
-        _require_defined(name, outputs)
+        require_defined(name, outputs)
     truth, guess = _tabled(prediction, target, outputs)
     values = {}
     for name in names:
@@ -58,7 +59,8 @@ def named_metrics(names: Sequence[str], prediction: Tensor, target: Tensor, outp
     return values
 
 
-def _require_defined(name: str, outputs: Outputs) -> None:
+def require_defined(name: str, outputs: Outputs) -> None:
+    """Raises UserCodeError where a name is not known, or not for such outputs."""
     if name not in NAMED_METRICS:
         known = ", ".join(NAMED_METRICS)
         raise UserCodeError(f"there is no metric named `{name}` (known: {known})", hint="or give it in Task.metrics()")
@@ -66,6 +68,24 @@ def _require_defined(name: str, outputs: Outputs) -> None:
         fitting = ", ".join(metric.name for metric in NAMED_METRICS.values() if outputs in metric.outputs)
         what = {"logits": "classes", "binary_logits": "yes or no", "values": "numbers"}[outputs]
         raise UserCodeError(f"the metric `{name}` is not for models that predict {what} (those are: {fitting})")
+
+
+def unknown_metric(name: str, known: Sequence[str], outputs: Outputs) -> UserCodeError:
+    """The error of a study whose metric is none of those that a trial reports.
+
+    Args:
+        name: with its split, as in space.yaml.
+        known: of a trial.
+        outputs: decides which of hpsearch's own metrics could be meant.
+    """
+    own = [each.removeprefix("val_") for each in known if each.startswith("val_")]
+    fitting = [metric.name for metric in NAMED_METRICS.values() if outputs in metric.outputs]
+    near = [each for each in get_close_matches(name.removeprefix("val_"), [*own, *fitting], 1) if f"val_{each}" != name]
+    meant = f"did you mean val_{near[0]}? else " if near else ""
+    return UserCodeError(
+        f"the study's metric `{name}` is not among those of the task (known: {', '.join(known)})",
+        hint=f"{meant}give it in Task.metrics(), or name one of these, and its goal, under `metric` in space.yaml",
+    )
 
 
 def _tabled(prediction: Tensor, target: Tensor, outputs: Outputs) -> tuple[Array, Array]:

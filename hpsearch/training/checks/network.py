@@ -256,7 +256,7 @@ def _activations(bench: _Bench, activations: list[Activation]) -> Check:
     if not activations:
         return bench.check("activations", "skipped", reason="no relu, sigmoid or tanh was met")
     worst = max(activations, key=lambda each: each.bad_share)
-    told = f"{worst.bad_share:.0%} of {worst.where}'s units are {worst.word} for all of {len(bench.target)} rows"
+    told = f"{worst.bad_share:.0%} of the units of {worst.where} are {worst.word} for all of {len(bench.target)} rows"
     if worst.bad_share < DEAD:
         return bench.check("activations", "passed", found=told if worst.bad_share > 0 else "")
     return bench.check(
@@ -369,7 +369,7 @@ def _leak(bench: _Bench) -> Check:
     moved = float((after[0] - before[0]).abs().max()) / scale
     apart = float((alone[0] - before[0]).abs().max()) / scale
     if math.isfinite(moved) and max(moved, apart) <= 1e-3:
-        return bench.check("batch-leak", "passed", found=f"{moved:.1g}")
+        return bench.check("batch-leak", "passed", found=f"outputs move by {moved:.1g}")
     return bench.check(
         "batch-leak",
         "failed",

@@ -70,7 +70,10 @@ class LayerWatch(TorchFunctionMode):
         if name in RECTIFIERS or name in SQUASHERS:
             layer = self._inside[-1] if self._inside else ""
             self._counts[layer + name] = count = self._counts.get(layer + name, 0) + 1
-            where = layer if layer and name in layer.lower() else f"{layer or 'forward()'}'s {name.rstrip('_')} {count}"
+            told = name.rstrip("_") + (f" {count}" if count > 1 else "")
+            where = (
+                layer if layer and name in layer.lower() else f"{told} in {f'layer {layer}' if layer else 'forward()'}"
+            )
             self.activations.append(_activation(where, name, result))
 
     def _entering(self, name: str) -> Callable[..., None]:
