@@ -165,6 +165,7 @@ def make_stages(
             folds=spec.evaluate.folds,
             repeats=spec.evaluate.repeats,
             study_seed=spec.seed,
+            metric=spec.metric.name.removeprefix("val_"),
             goal=spec.metric.goal,
         )
         stages.append(Evaluate(settings_of_folds, state))
@@ -183,6 +184,7 @@ def make_stages(
                 spec.evaluate.trials if spec.evaluate.enabled else 0,
             ),
             combine=spec.ensemble.enabled,
+            cut=spec.cuts_val,
         )
         stages.append(EnsembleStage(settings, state, arrays=_verified(blobs, state)))
     return stages

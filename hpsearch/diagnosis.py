@@ -75,6 +75,16 @@ class _Shape:
         start = min(len(self.smooth) - 2, math.floor(len(self.smooth) * (1 - share)))
         return float(self.smooth[start] - self.smooth[start:].min())
 
+    def gain_over(self, share: float) -> float:
+        """By how much the last `share` of the curve got below the best before it, smoothed; negative where it did not.
+
+        That best is the luckiest of many, so a gain as large as the noise is one. The last value alone is no trend: of
+        it counts what the median of the last three leaves.
+        """
+        start = min(len(self.smooth) - 2, math.floor(len(self.smooth) * (1 - share)))
+        late = [*self.smooth[start:-1], float(np.median(self.values[-3:]))]
+        return float(self.smooth[:start].min() - np.min(late))
+
 
 def diagnose(
     train_E: Sequence[float], val_E: Sequence[float], reference: Reference | None = None
@@ -221,13 +231,14 @@ def _underfitting(train: _Shape | None, val: _Shape, reference: Reference) -> Di
 
 
 def _improving(val: _Shape) -> Diagnosis | None:
-    """The end of the curve still falls."""
-    fell = val.fall_over(0.25)
-    if val.best < 0.8 * (len(val.smooth) - 1) or val.fall <= 0 or fell < max(SETTLED * val.fall, 2 * val.noise):
+    """The last quarter of the curve is below all that came before it."""
+    fell = val.gain_over(0.25)
+    if val.best < 0.8 * (len(val.smooth) - 1) or val.fall <= 0 or fell < max(SETTLED * val.fall, val.noise):
         return None
     return Diagnosis(
         finding=Finding.IMPROVING,
-        words=f"val_loss fell by {fell:.3g} over its last quarter ({fell / val.fall:.0%} of all it fell): train longer",
+        words=f"val_loss fell below its earlier best by {fell:.3g} over its last quarter ({fell / val.fall:.0%} of all "
+        "it fell): train longer",
         numbers={"fell": fell, "last": val.last},
     )
 
@@ -238,8 +249,8 @@ def _plateaued(val: _Shape) -> Diagnosis:
     lowest, last = float(val.values[best]), float(val.values[-1])
     return Diagnosis(
         finding=Finding.PLATEAUED,
-        words=f"val_loss ends at {last:.3g}; its best was {lowest:.3g} at epoch {best + 1}, and the last third brought "
-        "little",
+        words=f"val_loss ends at {last:.3g}; its own lowest was {lowest:.3g} at epoch {best + 1}, and the last third "
+        "brought little",
         numbers={"best": lowest, "best_epoch": best + 1, "last": last},
     )
 

@@ -174,6 +174,7 @@ class Confirmed:
     epoch_of_search: int  # epochs that the search had trained; a search that went on confirms again
     standings: tuple[Mapping[str, object], ...]
     out: tuple[int, ...] = ()  # trials whose fresh run diverged or crashed
+    reason: str = ""  # the budget that ended it early
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +188,7 @@ class Evaluated:
     repeats: int
     standings: tuple[Mapping[str, object], ...]
     out: tuple[int, ...] = ()  # trials of which the training on some fold diverged or crashed
+    reason: str = ""  # the budget that ended it early
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +217,9 @@ class Compared:
     low, high, better (True or False; None: not known), split, n_rows."""
     over_own: Mapping[str, object] = field(default_factory=dict)
     """The best single trial minus the trial of the user's own config, with the same keys and `trial`."""
+    over_linear: Mapping[str, object] = field(default_factory=dict)
+    """The best single trial minus a linear model, with the keys of `over_baseline` (better None: no difference shown);
+    empty where there was none, or no rows that chose nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

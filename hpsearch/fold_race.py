@@ -19,8 +19,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hpsearch.racing import ROUNDING, shares_of_least
+
 FloatArray = NDArray[np.float64]
 
+FEWEST_ROWS = 2  # of a fold
 FEWEST_FOLDS = 3  # of every candidate: from two, next to nothing can be told
 GIVEN_UP = 0.05  # chance at which a candidate as good as the leader would look as bad
 DRAWS = 4_000  # of the means, for the chances; their error is below 0.01
@@ -45,7 +48,7 @@ class FoldStanding:
     trial: int
     mean: float  # over its folds, at `epoch`
     corrected: float  # the mean without what being chosen for it is worth; the mean itself for all but the first
-    low: float | None  # about `corrected`, 95 %; None from a single fold
+    low: float | None  # about `corrected`, 95 %; None from a single fold, and where all folds scored the same
     high: float | None
     epoch: int  # where the mean over the folds is best
     scores: tuple[float, ...]  # of its folds, at that epoch
@@ -96,10 +99,14 @@ def fold_standings(
 ) -> tuple[FoldStanding, ...]:
     """The candidates after a race: those who finished, best mean first; then those who were given up, the later first.
 
+    Of a race that was ended early, by the folds that all contenders have; empty where these are too few to tell.
+
     Args:
         seed: of the draws behind the chances; equal scores and seed give equal standings.
     """
     race = run_race(curves, candidates, folds=folds, n_runs=n_runs)
+    if race.n_folds < min(FEWEST_FOLDS, n_runs):
+        return ()
     finished = {trial: _scores(curves[trial], race.n_folds) for trial in race.contenders}
     chances, luck = _chances([scores for _, scores in finished.values()], folds, seed)
     found = []
@@ -133,10 +140,23 @@ def _clearly_worse(curves: Curves, contenders: Sequence[int], n_folds: int, fold
     worse = []
     for trial in contenders:
         gaps_F = scores[trial] - scores[leader]
-        gap, error = float(gaps_F.mean()), math.sqrt(variance_of_mean(gaps_F, folds))
-        if gap > 0 and gap > error * float(student.ppf(1 - GIVEN_UP, n_folds - 1)):
+        unit = float(np.abs(scores[leader]).max())
+        gap, error = float(gaps_F.mean()), _error_of_mean(gaps_F, folds, unit)
+        if error is not None and gap > 0 and gap > error * float(student.ppf(1 - GIVEN_UP, n_folds - 1)):
             worse.append(trial)
     return worse
+
+
+def _error_of_mean(scores_F: FloatArray, folds: int, unit: float) -> float | None:
+    """Standard error of a mean over folds; None from one fold, and where they do not differ but by rounding: a handful
+    of equal scores (each fold one row better, say) tells nothing of how far the next may be from them.
+
+    Args:
+        unit: how large the numbers are that rounding is relative to.
+    """
+    if len(scores_F) < 2 or float(np.ptp(scores_F)) <= ROUNDING * unit:
+        return None
+    return math.sqrt(variance_of_mean(scores_F, folds))
 
 
 def _scores(of_folds: Mapping[int, Sequence[float]], n_folds: int) -> tuple[int, FloatArray]:
@@ -164,8 +184,9 @@ def _standing(
     from scipy.stats import t as student
 
     mean, half = float(scores_F.mean()), None
-    if len(scores_F) > 1:
-        half = float(student.ppf(0.5 + level / 2, len(scores_F) - 1)) * math.sqrt(variance_of_mean(scores_F, folds))
+    error = _error_of_mean(scores_F, folds, float(np.abs(scores_F).max()))
+    if error is not None:
+        half = float(student.ppf(0.5 + level / 2, len(scores_F) - 1)) * error
     return FoldStanding(
         trial=trial,
         mean=mean,
@@ -187,16 +208,15 @@ def _chances(groups: Collection[FloatArray], folds: int, seed: int) -> tuple[Flo
     means_K, n = scores_KF.mean(axis=1), scores_KF.shape[1]
     residuals_KF = scores_KF - means_K[:, None]
     if n < 2 or not residuals_KF.any():
-        best_K = np.asarray(means_K == means_K.min(), dtype=np.float64)
-        return best_K / best_K.sum(), 0.0
+        return shares_of_least(means_K[None, :])[0], 0.0
     rng = np.random.default_rng(seed)
     normal_DF = rng.standard_normal((DRAWS, n))
     unsure_D1 = np.sqrt((n - 1) / rng.chisquare(n - 1, size=(DRAWS, 1)))
     of_rows = math.sqrt((1 / n + 1 / (folds - 1)) / (n - 1))
     drawn_DK = means_K + of_rows * (unsure_D1 * normal_DF) @ residuals_KF.T
-    chances_K = np.bincount(drawn_DK.argmin(axis=1), minlength=len(means_K)) / DRAWS
+    chances_K = shares_of_least(drawn_DK).mean(axis=0)
     # What was chosen for is mostly what differs from fold to fold and seed to seed; what folds share, candidates share
     # too. With the variance of the chances the correction would be twice what it should be (benchmarks/folds.py).
     drawn_DK = means_K + math.sqrt(1 / n / (n - 1)) * normal_DF @ residuals_KF.T
-    first_D = drawn_DK.argmin(axis=1)
-    return chances_K, max(0.0, float(np.mean(means_K[first_D] - drawn_DK[np.arange(DRAWS), first_D])))
+    luck = float((shares_of_least(drawn_DK) * (means_K - drawn_DK)).sum() / DRAWS)
+    return chances_K, max(0.0, luck)

@@ -173,6 +173,7 @@ def n_checkpoints(spec: Spec) -> int:
     """The most checkpoints that a study keeps at once."""
     stopping, n_trials = spec.early_stopping, spec.search.trials + (spec.baseline is not None)
     pool, size = (spec.ensemble.pool, spec.ensemble.size) if spec.ensemble.enabled else (1, 1)
+    pool += spec.baseline is not None  # kept whatever its rank
     rungs: tuple[int, ...] = ()
     overtaken = 1.0
     if stopping.rule in ("asha", "sha"):

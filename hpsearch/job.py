@@ -187,7 +187,8 @@ class Result:
     ramp      {"losses": [float, …], "batch_size": int, "epochs": float}; shorter than `steps` when NaN ended it
     probe     {"losses": [float, …], "batch_size": int, "epochs": float}
     train     {"checkpoint": ref | None, "best_checkpoint": ref | None, "resumable": bool, "n_parameters": int}; None
-              for the best: an earlier job holds it. `epochs` beside `values` has the curve. So when it is "diverged".
+              for the best: an earlier job holds it. "lanes": int, where other trials shared its program, is how many
+              there were at once, itself included. `epochs` beside `values` has the curve. So when it is "diverged".
     rebuild   {"best_checkpoint": ref}
     fold      {"n_rows": {"train": int, "val": int}}; `epochs` beside `values` has the curve
     confirm   {"metrics": {…} of the ensemble split, "val": {…}, "epoch": int, "n_rows": int, "row_scores": ref}
@@ -266,6 +267,16 @@ def fold_key(trial: int, epochs: int, folds: int, repeat: int, fold: int) -> str
     'fold/17/27/5/0/3'
     """
     return f"fold/{trial}/{epochs}/{folds}/{repeat}/{fold}"
+
+
+def fresh_epochs(key: str) -> int:
+    """Epochs of a job that trains a config afresh, on a fold or with another seed; 0 of others.
+
+    >>> fresh_epochs("fold/17/27/5/0/3"), fresh_epochs("confirm/17/9/0"), fresh_epochs("train/17/3-9")
+    (27, 9, 0)
+    """
+    kind, *rest = key.split("/")
+    return int(rest[1]) if kind in ("fold", "confirm") else 0
 
 
 def train_key(trial: int, from_epoch: int, to_epoch: int) -> str:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from hpsearch.blobs import BlobStore, is_checkpoint
 from hpsearch.errors import DamagedBlob, JournalError
 from hpsearch.events import Damaged, Dropped, Event, Finished, OutOfRoom, StageEnded, Stopped
-from hpsearch.job import Result, rebuild_parts, train_parts
+from hpsearch.job import Result, rebuild_key, rebuild_parts, train_parts
 from hpsearch.retention import LOOK_THROUGH, Price, SortKey, Worth, is_among_best, price_of_best, price_of_last
 from hpsearch.stages import Stage
 from hpsearch.stages.ensemble import EnsembleStage
@@ -243,11 +243,9 @@ class Keeping:
     def _price_of_best(self, number: int, key: SortKey) -> Price:
         """Of a best checkpoint that is to come. What it would push out of the pool is judged with it in its place."""
         place = self._place(key) - (self._keys.get(number, key) < key)
-        if self._state.trials[number].baseline:
-            place = min(place, self._size)  # measured at the end, whatever its rank
         if place < self._pool:
             self._rank(number, key)
-        return price_of_best(key, place, pool=self._pool, size=self._size)
+        return price_of_best(key, place, pool=self._pool, size=self._size, wanted=self._is_wanted(number))
 
     def _objective_after(self, trial: TrialRecord, result: Result) -> float | None:
         values = [trial.best_objective] + [
@@ -341,10 +339,15 @@ class Keeping:
             chosen = self._state.selected
             is_chosen = chosen is not None and trial.number in {chosen.best, *(number for number, _ in chosen.members)}
             place = 0 if is_chosen else self._place(trial.sort_key)
-            if trial.baseline:
-                place = min(place, self._size)
-            price = max(price, price_of_best(trial.sort_key, place, pool=self._pool, size=self._size))
+            wanted = self._is_wanted(trial.number)
+            price = max(price, price_of_best(trial.sort_key, place, pool=self._pool, size=self._size, wanted=wanted))
         return price
+
+    def _is_wanted(self, number: int) -> bool:
+        """Whether a best checkpoint is asked for whatever its place: that of a config of the user's is measured at the
+        end, and one that was trained again was trained for somebody. Dropped, it would be trained again for ever."""
+        trial = self._state.trials[number]
+        return trial.baseline or rebuild_key(number, trial.best_epoch or 0) in self._state.results
 
     def _may_continue(self, number: int, epoch: int, objective: float | None) -> bool:
         return self._search is None or self._search.may_continue(number, epoch, objective)

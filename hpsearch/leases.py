@@ -51,21 +51,28 @@ class LeaseBook:
             self.begin(key, now)
             self._deadlines[key] = now + INHERIT_S
 
-    def heard(self, key: str, now: float) -> None:
-        """A sign of life."""
+    def heard(self, key: str, now: float, *, waiting: bool = False) -> None:
+        """A sign of life.
+
+        Args:
+            waiting: the job's worker is at another job: nothing is learned of this one, whose time starts anew.
+        """
         if key not in self._heard:
             return
-        silence = now - self._heard[key]
         if key in self._deadlines:  # how long the worker was silent before, nobody knows, nor what it is at
             del self._deadlines[key]
             self._heard[key] = now
             return
+        if not waiting:
+            self._learn(key, now - self._heard[key])
+        self._heard[key] = now
+
+    def _learn(self, key: str, silence: float) -> None:
         if key in self._began:
             self._longest = max(self._longest, silence)
         else:
             self._longest_first = max(self._longest_first, silence)
         self._began.add(key)
-        self._heard[key] = now
 
     def end(self, key: str) -> None:
         """The job is in nobody's hands any more."""

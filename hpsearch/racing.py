@@ -23,6 +23,7 @@ FEWEST_SEEDS = 2  # of every candidate: one score has no spread
 SURE = 0.95  # chance of the leader at which the race is over
 CONTENDER = 0.05  # a candidate with less chance than this gets no further seed
 DRAWS = 4_000  # of the means, for the chances; their error is below 0.01
+ROUNDING = 1e-9  # relative; scores that differ by less are equal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,13 +142,22 @@ def _chances(groups: Sequence[FloatArray], variance: float | None, freedom: int,
     what it would be in fresh runs (a parametric bootstrap of the choice)."""
     means = np.array([values.mean() for values in groups])
     if variance is None or variance == 0.0:
-        best: FloatArray = np.asarray(means == means.min(), dtype=np.float64)
-        return np.asarray(best / best.sum(), dtype=np.float64), 0.0
+        return shares_of_least(means[None, :])[0], 0.0
     rng = np.random.default_rng(seed)
     sigma_D1 = np.sqrt(variance * freedom / rng.chisquare(freedom, size=(DRAWS, 1)))
     sizes = np.array([len(values) for values in groups])
     drawn_DK = means + sigma_D1 / np.sqrt(sizes) * rng.standard_normal((DRAWS, len(groups)))
-    first_D = drawn_DK.argmin(axis=1)
-    wins = np.bincount(first_D, minlength=len(groups))
-    luck = float(np.mean(means[first_D] - drawn_DK[np.arange(DRAWS), first_D]))
-    return np.asarray(wins / DRAWS, dtype=np.float64), luck
+    shares_DK = shares_of_least(drawn_DK)
+    luck = float((shares_DK * (means - drawn_DK)).sum() / DRAWS)
+    return np.asarray(shares_DK.mean(axis=0), dtype=np.float64), luck
+
+
+def shares_of_least(drawn_DK: FloatArray) -> FloatArray:
+    """Who is the least of each row, in shares that sum to 1; those that differ from it by rounding alone share it.
+
+    >>> shares_of_least(np.array([[1.0, 3.0, 1.0], [2.0, 1.0, 3.0]])).tolist()
+    [[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]]
+    """
+    slack_D1 = ROUNDING * np.abs(drawn_DK).max(axis=1, keepdims=True)
+    least_DK = drawn_DK <= drawn_DK.min(axis=1, keepdims=True) + slack_D1
+    return np.asarray(least_DK / least_DK.sum(axis=1, keepdims=True), dtype=np.float64)

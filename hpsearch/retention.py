@@ -24,7 +24,7 @@ class Worth(IntEnum):
     LONGER = 2  # of one of the best trials, which would be trained on if max_epochs were raised
     PAUSED = 3  # its trial may still be promoted, or taken to the end by the end-game
     RUNNING = 4  # its trial is trained from it, and would be again if the worker were lost
-    POOL = 5  # of a candidate for the ensemble
+    POOL = 5  # of a candidate for the ensemble, or of a trial that is measured whatever its rank
     BEST = 6  # of one of the few best, which an ensemble is made of; never goes
 
 
@@ -58,7 +58,7 @@ def price_of_last(
     return (worth, epoch, 0.0 if objective is None else -objective, -trial)
 
 
-def price_of_best(key: SortKey, place: int, *, pool: int, size: int) -> Price:
+def price_of_best(key: SortKey, place: int, *, pool: int, size: int, wanted: bool = False) -> Price:
     """Of the checkpoint that a trial would predict with.
 
     Args:
@@ -66,9 +66,10 @@ def price_of_best(key: SortKey, place: int, *, pool: int, size: int) -> Price:
         place: among all that have such a checkpoint, 0 for the best.
         pool: how many of the best are candidates for the ensemble.
         size: how many an ensemble has at most.
+        wanted: somebody asks for it whatever its place.
     """
     spoilt, _, value, number = key
-    worth = Worth.BEST if place < size else Worth.POOL if place < pool else Worth.NOTHING
+    worth = Worth.BEST if place < size else Worth.POOL if place < pool or wanted else Worth.NOTHING
     return (worth, 0 if spoilt else 1, -value, -number)
 
 

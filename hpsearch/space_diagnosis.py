@@ -19,6 +19,9 @@ from hpsearch.trial import TrialRecord
 EDGE = 0.03  # of a range: this close to an end is at its edge
 LEANING = 1 / 3  # of a range: where four of five leaders must lie as well, since one trial lies anywhere by chance
 LEADERS = 5
+FEWEST_VALUES = 5  # that a parameter can take: with fewer, a third of the range is one value or two
+AS_GOOD = 0.02  # of what was learnt beyond ignoring the inputs: a loss this close is as good
+NEAR = 0.25  # of training loss: validation loss no further above it leaves nothing that fitting train better would cost
 FEWEST_BAD = 1  # trials that diverged, before it is told
 CHANCE = 0.01  # that a parameter which does nothing is suspected, over all of its possible bounds
 
@@ -58,7 +61,7 @@ def edges(
     if not leaders:
         return found
     for parameter in space.searched:
-        if parameter.kind == "categorical":
+        if parameter.kind == "categorical" or (parameter.count or FEWEST_VALUES) < FEWEST_VALUES:
             continue
         ranges = [_searched_range(parameter, trial, measured, per) for trial in leaders]
         places = [place(each, trial.config.get(parameter.name)) for each, trial in zip(ranges, leaders, strict=True)]
@@ -69,6 +72,8 @@ def edges(
             at_end = far[0] <= EDGE
             leaning = sum(each <= LEANING for each in far)
             if not at_end or len(far) < 3 or leaning < 0.8 * len(far):
+                continue
+            if side == "bottom" and _ends_by_nature(ranges[0]):
                 continue
             value = leaders[0].config[parameter.name]
             found.append(
@@ -81,6 +86,13 @@ def edges(
                 )
             )
     return found
+
+
+def _ends_by_nature(parameter: Parameter) -> bool:
+    """Whether nothing lies below a range: a share or a strength begins at 0, a number of things at 0 or 1."""
+    if parameter.kind == "integer":
+        return parameter.low in (0, 1)
+    return not parameter.log and parameter.low == 0
 
 
 def infeasible(trials: Iterable[TrialRecord], space: Space) -> list[Remark]:
@@ -99,7 +111,11 @@ def infeasible(trials: Iterable[TrialRecord], space: Space) -> list[Remark]:
 
 
 def nothing_overfits(state: StudyState) -> Remark | None:
-    """Said when no trial that was trained for long overfits: the space can hold larger networks."""
+    """Said when no trial that was trained for long overfits: the space can hold larger networks.
+
+    Not where the best one's validation loss is more than a quarter above its training loss, since fitting train better
+    would not help there; nor where a linear model is as good, since then size is not what is missing.
+    """
     ends = state.search_ended
     long = [trial for trial in state.trials.values() if trial.epoch >= trial.max_epochs and not trial.diverged]
     if not ends or len(long) < 2:
@@ -109,7 +125,9 @@ def nothing_overfits(state: StudyState) -> Remark | None:
         if not val or any(each.finding is Finding.OVERFITTING for each in diagnose(train, val)):
             return None
     train, val = losses(min(long, key=lambda trial: trial.sort_key))
-    if not all(map(math.isfinite, train)):
+    if not all(map(math.isfinite, train)) or val[-1] - train[-1] > NEAR * abs(train[-1]):
+        return None
+    if _linear_is_as_good(state, min(value for trial in long for value in losses(trial)[1])):
         return None
     return Remark(
         name="nothing overfits",
@@ -117,6 +135,21 @@ def nothing_overfits(state: StudyState) -> Remark | None:
         f"val_loss {val[-1]:.3g})",
         hint="widen capacity: larger networks, less regularisation, or longer training",
     )
+
+
+def _linear_is_as_good(state: StudyState, val_loss: float) -> bool:
+    """Whether a linear model, where one was measured, comes as near to this loss as makes no difference.
+
+    On rows that chose nothing where that was told; else on val, where the loss flatters.
+    """
+    told = state.compared.over_linear if state.compared is not None else {}
+    if told:
+        return told.get("better") is not True
+    linear, constant = (state.baseline_loss_of(name) for name in ("linear", "constant"))
+    if linear is None:
+        return False
+    span = abs((constant if constant is not None else val_loss) - val_loss)
+    return linear <= val_loss + AS_GOOD * span
 
 
 def findings(trial: TrialRecord, known: Reference | None = None) -> tuple[Diagnosis, ...]:

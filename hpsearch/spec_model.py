@@ -523,13 +523,16 @@ class Resources(Section):
 
 
 class Budget(Section):
-    """Where the study stops, whatever is left to do. null: no limit."""
+    """Where training ends, whatever is left of it: the search, then `evaluate` and `confirm`, which go on with what
+    there is by then. The ensemble is made all the same. null: no limit."""
 
     hours: float | None = Field(default=None, gt=0, description="wall-clock hours of the whole study")
     gpu_hours: float | None = Field(default=None, gt=0, description="hours times GPUs held")
-    epochs: int | None = Field(default=None, ge=1, description="epochs trained, over all trials")
+    epochs: int | None = Field(
+        default=None, ge=1, description="epochs trained, by the search, on folds and with fresh seeds together"
+    )
     disk: Annotated[str, AfterValidator(_disk)] | None = Field(
-        default=None, description="of all checkpoints: 10GiB, 500MB"
+        default=None, description="of all checkpoints: 10GiB, 500MB; ends the search alone"
     )
 
     @property

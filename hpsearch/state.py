@@ -34,7 +34,7 @@ from hpsearch.events import (
     Stopped,
     TrialDrawn,
 )
-from hpsearch.job import Config, DataInfo, EpochMetrics, rebuild_key, rebuild_parts
+from hpsearch.job import Config, DataInfo, EpochMetrics, fresh_epochs, rebuild_key, rebuild_parts
 from hpsearch.trial import Missing, TrialRecord, TrialState
 
 
@@ -59,6 +59,7 @@ class Improvement:
 
 
 RETRIED = ("fold/", "confirm/", "rebuild/", "evaluate/", "export/")  # jobs whose first crash may be an accident
+LIMITS = ("hours", "gpu_hours", "epochs")  # of the budget that may end folds and fresh seeds early
 CHECKED = ("task", "parameters", "seed", "metric")  # what preflight's verdicts depend on, beside the code and the data
 
 
@@ -90,7 +91,9 @@ class StudyState:
     stage_s: dict[str, float] = field(default_factory=dict)  # stage -> seconds spent, over all drivers
     ended_stages: set[str] = field(default_factory=set)
     n_epochs: int = 0  # trained by all trials together
-    n_leased_epochs: int = 0  # in workers' hands
+    n_fold_epochs: int = 0  # trained on folds
+    n_confirm_epochs: int = 0  # trained with fresh seeds
+    n_leased_epochs: int = 0  # in workers' hands, of all of these
     seats: dict[str, Arrived] = field(default_factory=dict)  # worker -> where its process began last
     retried: set[str] = field(default_factory=set)  # keys of jobs that crashed once and are tried once more
     alone: set[str] = field(default_factory=set)  # keys of jobs that ran out of memory, to be tried without company
@@ -136,6 +139,11 @@ class StudyState:
         return running[-1] if running else ""
 
     @property
+    def n_trained_epochs(self) -> int:
+        """Of the search, on folds and with fresh seeds; what a budget bounds."""
+        return self.n_epochs + self.n_fold_epochs + self.n_confirm_epochs
+
+    @property
     def search_ended(self) -> bool:
         return "search" in self.ended_stages
 
@@ -169,9 +177,14 @@ class StudyState:
     @property
     def baseline_loss(self) -> float | None:
         """Loss on val of the best prediction that ignores the inputs; None before it is measured."""
-        result = self.results.get("baseline/constant")
+        return self.baseline_loss_of("constant")
+
+    def baseline_loss_of(self, name: str) -> float | None:
+        """A baseline's loss on val; None before it is measured, or where it made no sense."""
+        result = self.results.get(f"baseline/{name}")
         metrics = result.values.get("metrics") if result is not None and result.outcome == "done" else None
-        return float(metrics["val"]["loss"]) if isinstance(metrics, dict) else None
+        val = metrics.get("val") if isinstance(metrics, Mapping) else None
+        return float(val["loss"]) if isinstance(val, Mapping) and "loss" in val else None
 
     @property
     def confirmed_order(self) -> tuple[int, ...]:
@@ -194,7 +207,7 @@ class StudyState:
     def leaders(self) -> tuple[int, ...]:
         """Trials whose order was looked into after the search, the best first, by the last word on it; empty where the
         search's own scores decide."""
-        if self.confirmed is not None:
+        if self.confirmed_order:
             return self.confirmed_order
         rows = self.evaluated.standings if self.evaluated is not None else ()
         return tuple(int(str(row["trial"])) for row in rows)
@@ -341,8 +354,10 @@ class StudyState:
                 self.confirmed = self.selected = self.compared = None
             if _asked(self.opened.spec, "evaluate") != _asked(spec, "evaluate"):
                 self.evaluated = self.confirmed = self.selected = self.compared = None
-            if self.opened.spec.get("baseline") != spec.get("baseline"):
-                self.compared = None  # it is told against the other config
+            if spec.get("baseline") not in (None, self.opened.spec.get("baseline")):
+                self.compared = None  # it is told against the other config; against none, nothing has to be told anew
+            if _part(self.opened.spec, "budget", LIMITS) != _part(spec, "budget", LIMITS):
+                self._go_on_with_what_was_cut_short()
             if _part(self.opened.spec, "budget", ("disk",)) != _part(spec, "budget", ("disk",)):
                 self._make_room()
             if self.opened.spec != spec:
@@ -386,6 +401,13 @@ class StudyState:
             self.range_edits += bool(self.ranges)
             self.ranges = []
 
+    def _go_on_with_what_was_cut_short(self) -> None:
+        """Another budget: what the last one ended may be taken further, from what was trained."""
+        if self.evaluated is not None and self.evaluated.reason:
+            self.evaluated = self.confirmed = self.selected = self.compared = None
+        if self.confirmed is not None and self.confirmed.reason:
+            self.confirmed = self.selected = self.compared = None
+
     def _forget_ensemble(self) -> None:
         """The search goes on: trials get other checkpoints, so what was measured of the old ones holds no longer."""
         self.results = {k: v for k, v in self.results.items() if not k.startswith(("evaluate/", "export/"))}
@@ -403,7 +425,7 @@ class StudyState:
         self._release(event.key, time)  # a lease that is announced anew is one lease
         self.leases[event.key] = event
         self.returned.discard(event.key)
-        self.n_leased_epochs += event.to_epoch - event.from_epoch
+        self.n_leased_epochs += event.to_epoch - event.from_epoch + fresh_epochs(event.key)
         self._n_held[event.worker] += 1
         if event.worker not in self._busy_since:
             self._busy_since[event.worker] = time
@@ -421,7 +443,7 @@ class StudyState:
         lease = self.leases.pop(key, None)
         if lease is None:
             return
-        self.n_leased_epochs -= lease.to_epoch - lease.from_epoch
+        self.n_leased_epochs -= lease.to_epoch - lease.from_epoch + fresh_epochs(key)
         self._n_held[lease.worker] -= 1
         if not self._n_held[lease.worker]:
             since = self._busy_since.pop(lease.worker)
@@ -435,6 +457,10 @@ class StudyState:
         self._release(event.key, time)
         self.returned.discard(event.key)
         self.deaths.pop(event.key, None)
+        if event.key.startswith("fold/"):
+            self.n_fold_epochs += len(event.epochs)
+        elif event.outcome in ("done", "diverged"):
+            self.n_confirm_epochs += fresh_epochs(event.key)
         if event.outcome == "out_of_memory" and event.key not in self.alone:
             self.alone.add(event.key)
             if event.trial is None:
@@ -465,6 +491,8 @@ class StudyState:
                 size = event.values.get("n_parameters")
                 trial.n_parameters = size if isinstance(size, int) else trial.n_parameters
                 trial.diverged = event.outcome == "diverged"
+                lanes = event.values.get("lanes")
+                trial.lanes = max(trial.lanes, lanes) if isinstance(lanes, int) else trial.lanes
             case "out_of_memory":
                 trial.out_of_memory += 1
             case _:

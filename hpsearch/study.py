@@ -28,6 +28,8 @@ from hpsearch.keeping import Admission, Keeping
 from hpsearch.leases import INHERIT_S, MOST_DEATHS, LeaseBook, Seat
 from hpsearch.mirror import Mirror
 from hpsearch.stages import FillsLanes, Stage
+from hpsearch.stages.confirm import Confirm
+from hpsearch.stages.evaluate import Evaluate
 from hpsearch.stages.preflight import Preflight
 from hpsearch.stages.search import Search
 from hpsearch.state import StudyState
@@ -160,14 +162,23 @@ class Study:
             known = self._state.data
             if known is None:
                 self._record(DataSeen(info=dataclasses.asdict(info)))
+                self._refuse_few_rows()
                 self._advance()
             elif known.fingerprint != info.fingerprint or known.n_rows != info.n_rows:
                 rows = "" if info.n_rows == known.n_rows else f" (rows {info.n_rows}, the study's {known.n_rows})"
                 first = "the first worker got" if len(self._state.resumed_at) == 1 else "this study began with"
                 return Assignment(error=f"Task.data() gave {worker} other data than {first}{rows}")
+            else:
+                self._refuse_few_rows()
             self._changed.notify_all()
         self._commit_now()
         return Assignment()
+
+    def _refuse_few_rows(self) -> None:
+        for stage in self._stages:
+            refusal = stage.refusal() if isinstance(stage, Evaluate) else None
+            if refusal is not None:
+                self._fail_locked(refusal)
 
     def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0, beside: Job | None = None) -> Assignment:
         """Up to `slots` jobs; empty when `timeout_s` passed without one.
@@ -223,15 +234,21 @@ class Study:
         else:
             self._take_in([(worker, result) for result in results])
 
-    def progress(self, worker: str, key: str) -> None:
-        """A job is alive: some of its batches are done. Announces the job to a study that does not know of it."""
+    def progress(self, worker: str, keys: Sequence[str], waiting: Sequence[str] = ()) -> None:
+        """A worker is at work. Announces its jobs to a study that does not know of them.
+
+        Args:
+            keys: jobs of which some batches are done.
+            waiting: other jobs in its hands.
+        """
         with self._changed:
             self._unheard.discard(worker)
-            lease = self._state.leases.get(key)
-            if lease is not None and lease.worker == worker:
-                self._book.heard(key, self._clock())
-            elif lease is None and not self._ended and worker not in self._gone and key not in self._pushed:
-                self._adopt(worker, key)
+            for key in (*keys, *waiting):
+                lease = self._state.leases.get(key)
+                if lease is not None and lease.worker == worker:
+                    self._book.heard(key, self._clock(), waiting=key not in keys)
+                elif lease is None and not self._ended and worker not in self._gone and key not in self._pushed:
+                    self._adopt(worker, key)
 
     def fetch(self, ref: str) -> bytes:
         """A blob's content.
@@ -351,6 +368,7 @@ class Study:
             if suspect and (jobs or held):
                 break  # should this process die as well, there must be no doubt of what
             self._lease(job, worker, beside)
+            self._note_budget()  # the next asks for more than what is leased by now
             jobs.append(job)
             if suspect:
                 break
@@ -514,18 +532,21 @@ class Study:
             self._advance()
 
     def _note_budget(self) -> bool:
-        """Whether a limit is reached; the search is told."""
+        """Whether a limit is reached; the stages that it bounds are told."""
         spent = Spent(
             hours=(self._state.worked_s + self._clock() - self._began_at) / 3600,
             worker_hours=self._state.busy_s(self._journal.now()) / 3600,
-            epochs=self._state.n_epochs + self._state.n_leased_epochs,
+            epochs=self._state.n_trained_epochs + self._state.n_leased_epochs,
             out_of_room=self._state.out_of_room,
         )
         self._spent = self._spent or exhausted(self._budget, spent)
-        if self._spent:
-            for stage in self._stages:
-                if isinstance(stage, Search):
-                    stage.end_budget()
+        # Folds and fresh seeds leave nothing on the disk.
+        of_time = exhausted(dataclasses.replace(self._budget, disk_bytes=None), spent) if self._spent else ""
+        for stage in self._stages:
+            if self._spent and isinstance(stage, Search):
+                stage.end_budget()
+            elif of_time and isinstance(stage, Evaluate | Confirm):
+                stage.end_budget(of_time)
         return bool(self._spent)
 
     # Taking in
@@ -634,7 +655,7 @@ class Study:
             self._changed.notify_all()
 
     def _look_for_common_crash(self, event: Finished) -> None:
-        if event.outcome == "crashed":
+        if event.outcome == "crashed" and not event.key.startswith("fold/"):  # there it takes its config out of a race
             subject = event.key if event.trial is None else str(event.trial)
             self._crashes.append(Crash(subject=subject, message=event.message, frame=event.frame))
             error = common_crash(self._crashes, CRASHES_TO_STOP)

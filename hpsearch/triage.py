@@ -37,9 +37,9 @@ def common_crash(crashes: Sequence[Crash], n_subjects: int) -> UserCodeError | N
         if len(subjects[kind]) >= n_subjects:
             what, hint = parted(crash.message)
             told = (
-                f"the same error ended {n_subjects} jobs, so the study was stopped; mend the task, then launch again "
+                f"the same error ended {n_subjects} jobs, so the study was stopped; mend the task or space.yaml, "
+                "then launch again with --resume (after a change of data(): with a new --run-dir)"
             )
-            told += "with --resume (after a change of data() or of space.yaml: with a new --run-dir)"
             return UserCodeError(
                 what,
                 frame=crash.frame,

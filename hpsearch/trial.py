@@ -44,6 +44,7 @@ class TrialRecord:
     checkpoint: str | None = None  # weights and optimizer, to go on from
     best_checkpoint: str | None = None  # weights of the best epoch
     n_parameters: int | None = None  # of its network; None before its first result
+    lanes: int = 1  # of the program that trained it, at most; 1: it had none beside it
     best_ref: str | None = None  # the name that it has, or had while it was there
     missing: Missing | None = None  # why it is not there, though there was one
     leased: str | None = None  # key of the job in a worker's hands

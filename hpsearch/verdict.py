@@ -13,6 +13,7 @@ from hpsearch.space_diagnosis import Remark, findings, reference, remarks
 from hpsearch.spec import Spec
 from hpsearch.state import StudyState
 from hpsearch.trial import TrialRecord, TrialState
+from hpsearch.winner import winner
 
 STAGE_NAMES = ("preflight", "lr_range", "search", "baselines", "evaluate", "confirm", "ensemble")
 ALWAYS_TOLD = ("lr_range", "search", "ensemble")  # though they took no time
@@ -48,6 +49,8 @@ def verdict(
             "tracking": round(stages_s.get("tracking", 0.0), 2),
         },
         "trials": trial_counts(state),
+        "lanes": lanes(state),
+        "precision": str(state.opened.spec.get("precision", "float32")),
         "lr_range": lr_ranges(state),
         "best": _best(state),
         "diagnosis": diagnosis(state),
@@ -63,6 +66,8 @@ def epochs(state: StudyState) -> dict[str, int]:
     return {
         "lr_range": round(state.ramp_epochs),
         "search": sum(trial.epoch for trial in state.trials.values()),
+        "evaluate": state.n_fold_epochs,
+        "confirm": state.n_confirm_epochs,
         "finish": 0,
     }
 
@@ -73,6 +78,13 @@ def trial_counts(state: StudyState) -> dict[str, int]:
     always = [TrialState.COMPLETE, TrialState.STOPPED, TrialState.DIVERGED, TrialState.FAILED]
     others = [s for s in TrialState if s not in always and counts[s]]  # while the search goes on
     return {"total": len(state.trials), **{str(s): counts[s] for s in [*always, *others]}}
+
+
+def lanes(state: StudyState) -> dict[str, int]:
+    """How many trials of the search shared a program with others, of how many that were trained, and how many were in
+    one program at most (1: each was trained by itself)."""
+    trained = [trial.lanes for trial in state.trials.values() if trial.epoch]
+    return {"trials": sum(n > 1 for n in trained), "of": len(trained), "most": max(trained, default=1)}
 
 
 def lr_ranges(state: StudyState) -> list[dict[str, object]]:
@@ -113,7 +125,8 @@ def baselines(state: StudyState) -> dict[str, object]:
         metric = spec.metric.name.removeprefix("val_")
         told |= {name: {"given": {metric: value}} for name, value in spec.baselines.items()}
     over = dict(state.compared.over_baseline) if state.compared is not None else {}
-    return {**told, "gain": over or None}
+    linear = dict(state.compared.over_linear) if state.compared is not None else {}
+    return {**told, "gain": over or None} | ({"gain_over_linear": linear} if linear else {})
 
 
 def space_remarks(state: StudyState) -> tuple[Remark, ...]:
@@ -125,11 +138,16 @@ def space_remarks(state: StudyState) -> tuple[Remark, ...]:
 
 
 def top(state: StudyState, k: int | None = None) -> list[dict[str, object]]:
-    """The ranking, best first, diverged and failed last; all of it without `k`."""
+    """The ranking of the search, best first, diverged and failed last; all of it without `k`.
+
+    The winner is marked once the ensemble is chosen: fresh seeds or folds may have another opinion than the search.
+    """
     known = reference(state, state.baseline_loss)
+    best = winner(state)
     return [
         {
             "trial": trial.number,
+            "winner": best is not None and best.final and best.trial == trial.number,
             "config": trial.config,
             "state": str(trial.state),
             "baseline": trial.baseline,
@@ -156,8 +174,9 @@ def measured_metrics(state: StudyState, split: str, members: Sequence[tuple[int,
 
 
 def _single(state: StudyState) -> TrialRecord | None:
-    """The best single trial: as it was when the ensemble was chosen, or as of now."""
-    return state.trials[state.selected.best] if state.selected is not None else state.best()
+    """The best single trial: as it was when the ensemble was chosen, or as far as the study has come."""
+    found = winner(state)
+    return None if found is None else state.trials[found.trial]
 
 
 def _best(state: StudyState) -> dict[str, object] | None:
@@ -171,8 +190,26 @@ def _best(state: StudyState) -> dict[str, object] | None:
         "val": val_metrics(best),
         "test": measured_metrics(state, "test", [(best.number, 1.0)]),
         "test_intervals": _intervals(state, "best"),
+        "chosen": chosen(state),
         "evaluated": _standing(state.evaluated, best.number),
         "confirmed": _standing(state.confirmed, best.number),
+    }
+
+
+def chosen(state: StudyState) -> dict[str, object] | None:
+    """By what the best trial is the best, and who is so by the search alone; None before any trial can be used."""
+    found = winner(state)
+    if found is None:
+        return None
+    return {
+        "by": found.by,
+        "metric": found.metric,
+        "value": found.value,
+        "scores": found.n_scores,
+        "place": found.place,
+        "of": found.of,
+        "final": found.final,
+        "searched_best": found.searched,
     }
 
 
@@ -192,7 +229,18 @@ def own_config(state: StudyState) -> dict[str, object] | None:
         "val": val_metrics(own),
         "test": measured_metrics(state, "test", [(own.number, 1.0)]),
         "gain": over if over.get("trial") == own.number else None,
+        "untold": _untold(state, own),
     }
+
+
+def _untold(state: StudyState, own: TrialRecord) -> str | None:
+    """Why the winner's lead over the user's own config cannot be told; None where it can, or is not known yet."""
+    compared, n_rows = state.compared, state.data.n_rows if state.data is not None else {}
+    if compared is None or compared.over_own or "test" in n_rows or state.opened is None or not own.usable:
+        return None
+    if Spec.from_dump(dict(state.opened.spec)).cuts_val and not state.confirmed_order:
+        return None
+    return "whether the winner beats it is not told: there is no test split, and all other rows had a part in choosing"
 
 
 def _standing(ranked: Evaluated | Confirmed | None, trial: int) -> Mapping[str, object] | None:

@@ -19,7 +19,7 @@ from hpsearch.job import Assignment, DataInfo, Job, Result
 PULL_S = 10.0  # how long one question for work may stay open
 SHORT_JOB_S = 0.25  # after jobs shorter than this the next is asked for ahead, so that nobody waits for the answer
 BATCH_S = 0.05  # jobs that fit into this are given and told together: a call costs as much as a tiny epoch
-TELL_S = 1.0  # between two signs of life of a job; with long leases a thirtieth of them
+TELL_S = 1.0  # between two signs of life; with long leases a thirtieth of them
 
 
 More = Callable[[Job, int], Sequence[Job]]
@@ -33,7 +33,7 @@ class StudyClient(Protocol):
     def hello(self, worker: str, info: DataInfo) -> Assignment: ...
     def pull(self, worker: str, slots: int = 1, timeout_s: float = 0.0, beside: Job | None = None) -> Assignment: ...
     def push(self, worker: str, results: Sequence[Result]) -> None: ...
-    def progress(self, worker: str, key: str) -> None: ...
+    def progress(self, worker: str, keys: Sequence[str], waiting: Sequence[str] = ()) -> None: ...
     def fetch(self, ref: str) -> bytes: ...
     def broken(self, worker: str, error: HpsearchError) -> None: ...
 
@@ -122,7 +122,9 @@ class Worker:
         self._asked_ahead = False
         self._worn = ""
         self._assignment = Assignment()  # the last that had jobs
-        self._told_at: dict[str, float] = {}  # key of a job at hand -> time of its last sign of life
+        # Key of a job, until its result was told -> whether it was worked on since the last sign of life.
+        self._at_hand: dict[str, bool] = {}
+        self._told_at = 0.0  # time of the last sign of life
         self._unsaid: list[Result] = []  # results that the study was not told yet
         self._said_at = 0.0
 
@@ -191,14 +193,13 @@ class Worker:
         return not assignment.ended
 
     def _run(self, jobs: tuple[Job, ...]) -> None:
-        start = self._said_at = time.perf_counter()
-        self._told_at = dict.fromkeys((job.key for job in jobs), start)
+        start = self._said_at = self._told_at = time.perf_counter()
+        self._at_hand = dict.fromkeys((job.key for job in jobs), False)
         self._arm()
         n_results, failed = 0, False
         try:
             for result in self._results(jobs):
                 self._unsaid.append(dataclasses.replace(result, attempt=secrets.token_hex(4)))
-                self._told_at.pop(result.key, None)
                 self._arm()
                 n_results += 1
                 failed |= result.outcome not in ("done", "diverged")
@@ -233,26 +234,39 @@ class Worker:
         if self._wear():
             return ()
         assignment = self._client.pull(self._name, n, 0.0, job)
-        if assignment.jobs:
+        # Whoever was silent for too long may be given again what it has: then only the lease is new.
+        jobs = tuple(other for other in assignment.jobs if other.key not in self._at_hand)
+        if jobs:
             self._assignment = assignment
-            self._told_at.update(dict.fromkeys((other.key for other in assignment.jobs), time.perf_counter()))
+            self._at_hand.update(dict.fromkeys((other.key for other in jobs), False))
             self._arm()
-        return assignment.jobs
+        return jobs
 
     def _say(self) -> None:
         """Push the results that the study has not been told."""
         unsaid, self._unsaid = self._unsaid, []
         if unsaid:
             self._client.push(self._name, unsaid)
+        for result in unsaid:
+            self._at_hand.pop(result.key, None)
         self._said_at = time.perf_counter()
 
     def _tell_progress(self, key: str, epoch: int) -> None:
-        """A sign of life, for the study and the alarm; both cost more than a tiny epoch, so not every one is told."""
-        now = time.perf_counter()
-        if now - self._told_at.get(key, now) < max(TELL_S, self._assignment.lease_s / 30):
+        """A sign of life, for the study and the alarm; both cost more than a tiny epoch, so not every one is told.
+
+        What one job does keeps all others at hand: they wait for it, or share its program.
+        """
+        if key not in self._at_hand:
             return
-        self._told_at[key] = now
-        self._client.progress(self._name, key)
+        self._at_hand[key] = True
+        now = time.perf_counter()
+        if now - self._told_at < max(TELL_S, self._assignment.lease_s / 30):
+            return
+        self._told_at = now
+        working = [key for key, worked_on in self._at_hand.items() if worked_on]
+        waiting = [key for key, worked_on in self._at_hand.items() if not worked_on]
+        self._at_hand = dict.fromkeys(self._at_hand, False)
+        self._client.progress(self._name, working, waiting)
         self._arm()
 
     def _arm(self) -> None:

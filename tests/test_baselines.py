@@ -71,6 +71,20 @@ def test_constant_number_is_the_mean_for_squared_and_the_median_for_absolute_err
     assert both == pytest.approx(float((y - y.median()).abs().mean()), rel=0.01)
 
 
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1), (-1, 2)])
+def test_linear_model_predicts_numbers_in_the_shape_of_their_targets(shape: tuple[int, ...]) -> None:
+    """Targets of shape (N, 1) are not broadcast against predictions of shape (N,)."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(400, 3, generator=generator)
+    y = (x[:, :2] if shape[-1] == 2 else x[:, 0]).reshape(shape)
+    task, data = made(Splits(train=(x, y), val=(x, y)), metric_names=("r2",))
+    metrics, rows = measure_baseline("linear", task, data, seed=0)["val"]
+    assert metrics["loss"] < 0.01
+    assert metrics["mae"] < 0.1
+    assert metrics["r2"] > 0.99
+    assert float(rows["loss"].mean()) == pytest.approx(metrics["loss"], rel=1e-4)
+
+
 def test_labels_of_their_own_are_each_predicted() -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(500, 4, generator=generator)

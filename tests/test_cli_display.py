@@ -6,7 +6,7 @@ import pytest
 
 from hpsearch.cli.display import Display
 from hpsearch.errors import UserCodeError
-from hpsearch.events import Event, Finished
+from hpsearch.events import Confirmed, Event, Finished
 from hpsearch.state import Entry, StudyState
 
 
@@ -62,3 +62,11 @@ def test_crash_that_ends_the_study_is_left_to_its_error_and_others_are_told(
         "warning[crashed]: ramp/all/2: KeyError: 'w' at net.py:9 in loss",
         "  note: told once; further crashes of this kind are counted, not shown",
     ]
+
+
+def test_first_by_fresh_seeds_is_told_when_all_are_confirmed(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ({"trial": 4, "mean": 0.3}, {"trial": 20, "mean": 0.4})
+    assert told(capsys, Confirmed(epoch_of_search=9, standings=rows, out=())) == [
+        "confirm: trial 4 is first of 2 by the mean of its fresh seeds"
+    ]
+    assert told(capsys, Confirmed(epoch_of_search=9, standings=(), out=(4,))) == []

@@ -98,3 +98,18 @@ def test_any_curve_gets_an_answer(rows: list[tuple[float, float]]) -> None:
 def test_curves_of_unequal_length_are_a_slip() -> None:
     with pytest.raises(ValueError, match=r"equally long \(got 2 and 1 epochs\)"):
         diagnose([1.0, 2.0], [1.0])
+
+
+def test_noisy_last_value_below_all_others_is_no_improvement() -> None:
+    """It swings between 0.05 and 0.155 from the tenth epoch on, and was as low then."""
+    val = [
+        0.317, 0.144, 0.16, 0.124, 0.112, 0.111, 0.068, 0.085, 0.09, 0.048, 0.06, 0.118, 0.069, 0.073, 0.056, 0.143,
+        0.148, 0.138, 0.157, 0.069, 0.12, 0.112, 0.118, 0.155, 0.049, 0.048, 0.036,
+    ]  # fmt: skip
+    found = diagnose([math.nan] * len(val), val, Reference(baseline=2.3))
+    assert Finding.IMPROVING not in {each.finding for each in found}
+
+
+def test_one_lucky_last_value_on_a_settled_curve_is_no_improvement() -> None:
+    val = [*FALLING[:-1], 0.1]
+    assert {each.finding for each in diagnose([math.nan] * len(val), val)} == {Finding.PLATEAUED}

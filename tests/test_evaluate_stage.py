@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from hpsearch.cli.verdict_text import verdict_text
+from hpsearch.errors import PreflightError
 from hpsearch.events import Evaluated, Opened, from_json
 from hpsearch.fleets import Launch
 from hpsearch.fleets.local import LocalFleet
 from hpsearch.forecast import FoldForecast
-from hpsearch.job import FoldJob, Result
+from hpsearch.job import ConfirmJob, FoldJob, Result
 from hpsearch.journal import FILE_NAME, read_journal
 from hpsearch.spec import parse_spec
 from hpsearch.state import Entry, StudyState
@@ -146,7 +147,8 @@ def test_confirm_takes_the_best_by_folds(tmp_path: Path) -> None:
     state = run(tmp_path, "confirm.trials=2", make_executor=lambda spec, folder: Upset())
     assert state.evaluated is not None
     assert state.confirmed is not None
-    assert set(state.confirmed_order) == {row["trial"] for row in state.evaluated.standings[:2]}
+    rows = state.evaluated.standings[:2]
+    assert set(state.confirmed_order) == {row["trial"] for row in rows if row["chance"] is not None}
 
 
 class Unlucky(fakes.FakeExecutor):
@@ -188,6 +190,33 @@ def test_study_whose_folds_all_go_wrong_ends_with_the_searched_best(tmp_path: Pa
     assert state.selected.best == state.candidates(1)[0].number
 
 
+def test_fresh_seeds_are_spent_on_the_searched_best_where_all_folds_went_wrong(tmp_path: Path) -> None:
+    state = run(tmp_path, "confirm={trials: 2, seeds: 2}", make_executor=lambda spec, folder: Hopeless())
+    assert state.confirmed is not None
+    assert set(state.confirmed_order) == {trial.number for trial in state.candidates(2)}
+
+
+def test_fresh_seeds_are_not_spent_on_who_was_given_up_on_the_folds(tmp_path: Path) -> None:
+    state = run(tmp_path, "confirm={trials: 4, seeds: 2}")
+    assert state.evaluated is not None
+    left = {row["trial"] for row in state.evaluated.standings if row["chance"] is not None}
+    assert len(left) < 4
+    assert set(state.confirmed_order) == left
+
+
+class Unseeded(fakes.FakeExecutor):
+    """No fresh seed comes to anything."""
+
+    def _confirm(self, job: ConfirmJob) -> Result:
+        return Result(key=job.key, outcome="diverged", message="val_loss is nan")
+
+
+def test_order_of_the_folds_stands_where_all_fresh_seeds_went_wrong(tmp_path: Path) -> None:
+    state = run(tmp_path, "confirm={trials: 2, seeds: 2}", make_executor=lambda spec, folder: Unseeded())
+    assert state.evaluated is not None
+    assert state.leaders == tuple(row["trial"] for row in state.evaluated.standings)
+
+
 def test_study_without_the_key_trains_no_fold(tmp_path: Path) -> None:
     state = run(tmp_path, "evaluate.enabled=false")
     assert state.evaluated is None
@@ -220,11 +249,115 @@ def test_metric_that_is_maximised_is_told_in_its_own_unit(tmp_path: Path) -> Non
     assert first["mean"] > second["mean"] or second["folds"] < 5  # type: ignore[operator]
 
 
+class NearlyRight(fakes.FakeExecutor):
+    """Each fold but the last is all right."""
+
+    def _fold(self, job: FoldJob) -> Result:
+        result = super()._fold(job)
+        right = 0.75 if job.fold == 4 else 1.0
+        rows = tuple(dataclasses.replace(row, metrics={**row.metrics, "val_accuracy": right}) for row in result.epochs)
+        return dataclasses.replace(result, epochs=rows)
+
+
+def test_interval_of_a_proportion_ends_where_proportions_do(tmp_path: Path) -> None:
+    accuracy = "metric={name: val_accuracy, goal: maximize}"
+    state = run(tmp_path, accuracy, make_executor=lambda spec, folder: NearlyRight())
+    assert state.evaluated is not None
+    row = state.evaluated.standings[0]
+    assert row["mean"] == pytest.approx(0.95)
+    assert 0.0 < row["low"] < row["corrected"] < row["high"] == 1.0  # type: ignore[operator]
+
+
+# Budgets
+
+
+def text_of(state: StudyState) -> list[str]:
+    outcome = verdict(state, run_dir="runs/folded", wall_s=0.0, stages_s={}, mlflow={})
+    return verdict_text(state, outcome, None, None).splitlines()
+
+
+def test_search_that_spent_the_budget_leaves_no_folds_and_its_order_stands(tmp_path: Path) -> None:
+    state = run(tmp_path, "budget.epochs=12", "confirm.trials=2")
+    assert state.done
+    assert not any(key.startswith(("fold/", "confirm/")) for key in state.results)
+    assert state.evaluated is not None
+    assert state.confirmed is not None
+    assert (state.evaluated.standings, state.evaluated.reason) == ((), "budget.epochs: 12")
+    assert (state.confirmed.standings, state.confirmed.reason) == ((), "budget.epochs: 12")
+    assert state.selected is not None
+    assert state.selected.best == state.candidates(1)[0].number
+    note = "was ended by budget.epochs: 12, with too few"
+    assert f"note: cross-validation {note} folds of each to tell: the order before it stands" in text_of(state)
+    assert f"note: confirmation {note} fresh seeds of each to tell: the order before it stands" in text_of(state)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_budget_ends_the_race_with_the_folds_that_there_are(tmp_path: Path, workers: int) -> None:
+    sha = "early_stopping.type=sha"
+    whole = run(tmp_path / "whole", sha)
+    first = 3 * sum(trial.epoch for trial in whole.candidates(4))
+    limit = whole.n_epochs + first + 1
+    assert limit < whole.n_epochs + whole.n_fold_epochs
+    state = run(tmp_path / "short", sha, f"budget.epochs={limit}", workers=workers)
+    assert state.evaluated is not None
+    assert state.evaluated.reason == f"budget.epochs: {limit}"
+    rows = state.evaluated.standings
+    assert {row["trial"] for row in rows} == {trial.number for trial in state.candidates(4)}
+    assert {row["folds"] for row in rows} == {3}
+    assert first < state.n_fold_epochs < first + workers * 9 + 1
+    assert state.selected is not None
+    assert state.selected.best == rows[0]["trial"]
+    reason = f"note: cross-validation was ended by budget.epochs: {limit}; the order is by what there was"
+    assert reason in text_of(state)
+    told = verdict(state, run_dir="", wall_s=0.0, stages_s={}, mlflow={})
+    assert told["epochs"]["evaluate"] == state.n_fold_epochs  # type: ignore[index]
+    more = run(tmp_path / "short", sha, "budget.epochs=999")
+    assert more.done
+    assert more.evaluated is not None
+    assert whole.evaluated is not None
+    assert more.evaluated.standings == whole.evaluated.standings
+    assert more.n_fold_epochs == whole.n_fold_epochs
+
+
+def test_order_of_two_folds_is_none(tmp_path: Path) -> None:
+    sha = "early_stopping.type=sha"
+    whole = run(tmp_path / "whole", sha)
+    limit = whole.n_epochs + 2 * sum(trial.epoch for trial in whole.candidates(4))
+    state = run(tmp_path / "short", sha, f"budget.epochs={limit}")
+    assert state.evaluated is not None
+    assert state.evaluated.standings == ()
+    assert state.n_fold_epochs > 0
+    assert state.leaders == ()
+
+
+def test_budget_ends_fresh_seeds_with_those_that_there_are(tmp_path: Path) -> None:
+    confirm = "confirm={trials: 3, seeds: 4}"
+    whole = run(tmp_path / "whole", confirm, "evaluate.enabled=false")
+    assert whole.n_confirm_epochs > 0
+    first = [whole.n_epochs + n * sum(trial.epoch for trial in whole.candidates(3)) for n in (1, 2)]
+    for limit, told in zip(first, (False, True), strict=True):
+        state = run(tmp_path / str(limit), confirm, "evaluate.enabled=false", f"budget.epochs={limit}")
+        assert state.done
+        assert state.confirmed is not None
+        assert bool(state.confirmed.standings) is told
+        assert state.confirmed.reason in ("", f"budget.epochs: {limit}")
+        assert state.n_epochs + state.n_confirm_epochs <= limit
+        assert state.n_leased_epochs == 0
+
+
+def test_folds_are_trained_though_the_disk_ended_the_search(tmp_path: Path) -> None:
+    state = run(tmp_path, "budget.disk=30B", "ensemble={pool: 4, size: 4}")
+    assert state.budget_spent.startswith("budget.disk: ")
+    assert state.evaluated is not None
+    assert state.evaluated.reason == ""
+    assert state.n_fold_epochs > 0
+
+
 def test_verdict_tells_each_candidate_with_its_interval_and_who_was_given_up(tmp_path: Path) -> None:
     state = run(tmp_path)
     outcome = verdict(state, run_dir="runs/folded", wall_s=0.0, stages_s={}, mlflow={})
     lines = verdict_text(state, outcome, None, None).splitlines()
-    header = next(i for i, line in enumerate(lines) if "mean of folds" in line)
+    header = next(i for i, line in enumerate(lines) if "mean loss of folds" in line)
     assert state.evaluated is not None
     told = [line.split() for line in lines[header + 1 : header + 5]]
     assert [words[:2] for words in told] == [["trial", str(row["trial"])] for row in state.evaluated.standings]
@@ -238,6 +371,42 @@ def test_verdict_names_who_is_out(tmp_path: Path) -> None:
     assert "note: out of the race, since training on some fold went wrong: trial 3" in verdict_text(
         state, outcome, None, None
     )
+
+
+class Faulty(fakes.FakeExecutor):
+    """Each fold's training crashes for one reason."""
+
+    def _fold(self, job: FoldJob) -> Result:
+        return Result(key=job.key, outcome="crashed", message="ValueError: fold", frame="task.py:3 in metrics")
+
+
+def test_folds_that_crash_alike_end_the_race_and_not_the_study(tmp_path: Path) -> None:
+    state = run(tmp_path, make_executor=lambda spec, folder: Faulty())
+    assert state.done
+    assert state.evaluated is not None
+    assert len(state.evaluated.out) == 4
+    outcome = verdict(state, run_dir="runs/folded", wall_s=0.0, stages_s={}, mlflow={})
+    lines = verdict_text(state, outcome, None, None).splitlines()
+    note = next(i for i, line in enumerate(lines) if "out of the race" in line)
+    assert lines[note + 1] == f"  trial {state.evaluated.out[0]}: ValueError: fold"
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_more_folds_than_the_rows_allow_are_refused_before_anything_is_trained(tmp_path: Path, resumed: bool) -> None:
+    """train and val have 420 rows."""
+    if resumed:
+        run(tmp_path, "evaluate.enabled=false")
+    before = len(list(read_journal(tmp_path))) if resumed else 0
+    with pytest.raises(PreflightError) as raised:
+        run(tmp_path, "evaluate.folds=211")
+    assert raised.value.exit_code == 1
+    assert raised.value.message == (
+        "evaluate asks for 211 folds, and train and val have 420 rows together: a fold needs at least 2"
+    )
+    assert raised.value.hint == "write folds: 210, or fewer, under `evaluate`"
+    assert not any(entry.event.type == "leased" for entry in list(read_journal(tmp_path))[before:])
+    if resumed:
+        assert run(tmp_path, "evaluate.folds=3").done
 
 
 def test_mlflow_is_told_each_fold(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hpsearch.errors import DamagedBlob
-from hpsearch.events import Event, Finished, Selected, StageBegan, StageEnded
+from hpsearch.events import Confirmed, Event, Finished, Selected, StageBegan, StageEnded
 from hpsearch.report import figures as module
 from hpsearch.report.figures import drawn_from, figures
 from hpsearch.report.plots import BaselineLine
@@ -139,3 +139,18 @@ def test_search_is_drawn_again_when_a_baseline_scores_of_rows_or_more_epochs_arr
     assert drawn_from("search", state_of(*so_far, measured(1, 0.4))) == told[-1]  # only the best one's rows count
     assert drawn_from("search", state_of(*so_far, spec=HUMAN)) != told[-1]
     assert len({drawn_from("ensemble", state) for state in (state_of(*SEARCH), selected(), selected(single=0.9))}) == 3
+
+
+def test_every_figure_of_the_search_gets_the_winner_and_is_drawn_again_when_another_one_wins(drawn: Drawn) -> None:
+    before = state_of(*SEARCH, ENDED)
+    row = {"trial": 1, "mean": 0.3, "confirmed": 0.3, "seeds": 3}
+    won = [
+        Confirmed(epoch_of_search=3, standings=(row,), out=()),
+        Selected(n_trials=2, best=1, pool=(0, 1), members=((1, 1.0),)),
+    ]
+    state = of_sizes(state_of(*SEARCH, ENDED, *won), 900, 50)
+    figures("search", state)
+    for name in ("learning_curves_figure", "search_figure", "pareto_figure"):
+        assert drawn[name]["winner"] == 1, name
+    assert "winner 1" in drawn_from("search", state)
+    assert "winner" not in drawn_from("search", before)

@@ -64,6 +64,28 @@ def test_equals_are_both_trained_to_the_end_and_the_lower_number_comes_first() -
     assert [each.trial for each in fold_standings(known, [5, 3], folds=5, n_runs=5, seed=0)] == [3, 5]
 
 
+def test_equals_share_their_chance() -> None:
+    """0 and 1 are the same on each fold, 2 is a little worse on one."""
+    same = [-1.0, -1.0, -0.9, -1.0, -1.0]
+    known = curves({0: same, 1: same, 2: [-1.0, -1.0, -0.8, -1.0, -1.0]})
+    chance = {each.trial: each.chance for each in fold_standings(known, [0, 1, 2], folds=5, n_runs=5, seed=0)}
+    assert chance[0] == pytest.approx(chance[1])
+    assert chance[0] > chance[2]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("gap", [0.1, 1e-13])
+def test_nobody_is_given_up_for_gaps_that_do_not_differ(gap: float) -> None:
+    """One row fewer on each of three folds: nothing is known of how far the next may be from them."""
+    known = curves({0: [-0.9, -0.8, -0.9], 1: [gap - 0.9, gap - 0.8, gap - 0.9]})
+    assert run_race(known, [0, 1], folds=5, n_runs=5).given_up == {}
+
+
+def test_folds_that_all_score_the_same_give_no_interval() -> None:
+    for score in (-1.0, -0.9, 1 / 3):
+        (found,) = fold_standings(curves({0: [score] * 5}), [0], folds=5, n_runs=5, seed=0)
+        assert (found.low, found.high, found.chance) == (None, None, 1.0)
+
+
 def test_standing_is_at_the_epoch_where_the_mean_over_folds_is_best() -> None:
     known = {0: {0: [3.0, 1.0, 2.0], 1: [1.0, 2.0, 0.5], 2: [2.0, 0.9, 2.0]}}
     (found,) = fold_standings(known, [0], folds=3, n_runs=3, seed=0)

@@ -119,6 +119,24 @@ def test_dataset_beside_tensors_is_cut_too() -> None:
     assert values(Folds(data_of(mixed), study_seed=0).without(3, folds=5, repeat=1), "val") == values(of_tensors, "val")
 
 
+class Plain(Seen):
+    """Gives an array and a plain number."""
+
+    def __getitem__(self, row: int) -> tuple[Any, Any]:
+        return self.x[row].double().numpy(), int(self.y[row])
+
+
+@pytest.mark.parametrize("seeds", [(1,), (2,), (1, 2)], ids=["train", "val", "both"])
+def test_dataset_of_arrays_and_numbers_beside_tensors_gives_batches_of_both(seeds: tuple[int, ...]) -> None:
+    mixed = small(lambda n, seed: Plain(*numbered(n, seed)) if seed in seeds else numbered(n, seed))
+    of_tensors = Folds(data_of(small()), study_seed=0).without(3, folds=5, repeat=1)
+    cut = Folds(data_of(mixed), study_seed=0).without(3, folds=5, repeat=1)
+    for split in ("train", "val"):
+        assert values(cut, split) == values(of_tensors, split)
+        for (x, y), (its_x, its_y) in zip(cut.batches(split), of_tensors.batches(split), strict=True):
+            assert (x.dtype, y.dtype) == (its_x.dtype, its_y.dtype)
+
+
 def test_too_few_rows_are_refused_with_what_there_are() -> None:
     with pytest.raises(UserCodeError, match="train and val have 40 rows together, too few for 21 folds of at least 2"):
         Folds(data_of(small()), study_seed=0).without(0, folds=21, repeat=0)
@@ -184,6 +202,39 @@ def test_fold_that_diverges_says_so_with_its_curve() -> None:
 
     result = one(TorchExecutor(task(mlp, loss=loss), study_seed=0, device="cpu"), job())
     assert result.outcome == "diverged"
+
+
+def rare(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Three rows of class 1, however many there are in all."""
+    x, _ = classes(n, seed)
+    return x, (torch.arange(n) < 3).long()
+
+
+def test_fold_without_a_class_on_which_the_metric_has_no_value_is_said_as_such() -> None:
+    made = task(lambda: mlp(n_out=2), rare)
+    made.metric_names = ("roc_auc",)
+    worker = TorchExecutor(made, study_seed=0, device="cpu", metric="val_roc_auc", goal="maximize", cut_ensemble=False)
+    results = [one(worker, job(fold, epochs=1, folds=8)) for fold in range(8)]
+    crashed = [result for result in results if result.outcome == "crashed"]
+    assert 0 < len(crashed) < 8
+    for result in crashed:
+        assert result.message.startswith("the metric `roc_auc` has no value on the ")
+        assert result.message.endswith(
+            "; class 1 is not in this fold: train and val have 6 rows of it, for 8 folds "
+            "(hint: write fewer folds under `evaluate`)"
+        )
+
+
+def test_metric_that_is_not_finite_on_a_fold_without_a_class_is_said_as_such() -> None:
+    def metrics(self: Task, output: Tensor, target: Tensor) -> dict[str, Any]:
+        return {"found": (output.argmax(1) == 1)[target == 1].float().mean()}
+
+    worker = TorchExecutor(
+        task(mlp, rare, metrics=metrics), study_seed=0, device="cpu", metric="val_found", cut_ensemble=False
+    )
+    found = [one(worker, job(fold, epochs=1, folds=8)) for fold in range(8)]
+    (message,) = {result.message for result in found if result.outcome == "diverged"}
+    assert message.endswith("; class 1 is not in this fold: train and val have 6 rows of it, for 8 folds")
 
 
 def test_loop_of_ones_own_is_given_the_fold() -> None:

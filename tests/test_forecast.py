@@ -102,6 +102,9 @@ def test_count_follows_the_rule_of_early_stopping() -> None:
     counts = {kind: n_checkpoints(spec_of(f"early_stopping.type={kind}")) for kind in ("asha", "sha", "median", "none")}
     assert counts == {"asha": 57, "sha": 54, "median": 98, "none": 11}
     assert n_checkpoints(spec_of("early_stopping.type=none", "ensemble.enabled=false")) == 3
+    own = "baseline={lr: 0.1, block: thin, width: 4, depth: 2}"
+    alone = ("early_stopping.type=none", "ensemble.enabled=false")
+    assert n_checkpoints(spec_of(*alone, own)) == n_checkpoints(spec_of(*alone)) + 1
 
 
 FOUND = DiskForecast(

@@ -20,7 +20,7 @@ from hpsearch.errors import DamagedBlob, HpsearchError, JournalError, NoUsableTr
 from hpsearch.events import Damaged, Dropped, Finished, OutOfRoom, Returned
 from hpsearch.fleets import Launch
 from hpsearch.fleets.local import LocalFleet
-from hpsearch.job import EvaluateJob, ExportJob, Job, RebuildJob, Result, TrainJob
+from hpsearch.job import EvaluateJob, ExportJob, Job, RebuildJob, Result, TrainJob, rebuild_key
 from hpsearch.journal import FILE_NAME, read_journal
 from hpsearch.retention import LOOK_THROUGH, n_kept_at_most
 from hpsearch.spec import Spec, parse_spec
@@ -611,6 +611,34 @@ def test_chosen_trial_is_kept_wherever_it_ranks(tmp_path: Path) -> None:
     (dropped,) = keeping.Keeping(state, blobs, stages).sweep()
     assert isinstance(dropped, Dropped)
     kept = {number for ref, number in state.owners.items() if ref not in dropped.refs}
+    assert kept == {trial.number for trial in state.ranking()[:2]} | {fifth.number}
+
+
+def test_checkpoint_that_was_trained_again_is_kept_wherever_it_ranks(tmp_path: Path) -> None:
+    """Somebody asked for it; dropped, it would be asked for, trained and dropped for ever."""
+    run(tmp_path)
+    spec = parse_spec(SPACE, overrides=["ensemble.pool=2", "ensemble.size=1"])
+    state, blobs = StudyState(), BlobStore(tmp_path)
+    stages = make_stages(spec, state, fakes.make_sampler(spec), blobs, ("search", "ensemble"))
+    for entry in read_journal(tmp_path):
+        state.apply(entry.event, entry.time)
+        for stage in stages:
+            stage.apply(entry.event)
+    fifth, held = state.ranking()[4], keeping.Keeping(state, blobs, stages)
+    dropped = Dropped(refs=(str(fifth.best_checkpoint),))
+    state.selected = None
+    rebuilt = Finished(
+        key=rebuild_key(fifth.number, fifth.best_epoch or 0),
+        worker="w",
+        outcome="done",
+        values={"best_checkpoint": fifth.best_checkpoint},
+    )
+    for event in (dropped, rebuilt):
+        state.apply(event, 0.0)
+        held.apply(event)
+    (swept,) = held.sweep()
+    assert isinstance(swept, Dropped)
+    kept = {number for ref, number in state.owners.items() if ref not in swept.refs}
     assert kept == {trial.number for trial in state.ranking()[:2]} | {fifth.number}
 
 

@@ -14,7 +14,7 @@ from hpsearch.job import Config, Job, RampJob, Result, TrainJob, train_key
 from hpsearch.task import Splits, Task
 from hpsearch.training.checkpoint import Checkpoint, pack, unpack
 from hpsearch.training.executor import TorchExecutor
-from hpsearch.training.lanes import Width
+from hpsearch.training.lanes import LaneGroup, LanesRefused, Route, Width, find_route
 
 
 def rows(n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ class Bench:
 
 def assert_alike(found: Result, wanted: Result) -> None:
     assert found.outcome == wanted.outcome == "done"
-    assert found.values.keys() == wanted.values.keys()
+    assert found.values.keys() - {"lanes"} == wanted.values.keys()
     for row, other in zip(found.epochs, wanted.epochs, strict=True):
         assert row.epoch == other.epoch
         for name, value in row.metrics.items():
@@ -172,7 +172,7 @@ def test_network_that_cannot_be_fused_is_trained_alone_and_says_so_once() -> Non
     assert lanes.executor.fills(job(2, 0, 1, width=8))  # another group may do better
 
 
-def test_all_lanes_tell_that_they_live_while_the_checkpoint_of_one_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_tells_that_it_lives_while_its_checkpoint_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hpsearch.training.executor.ALIVE_S", 0.0)
     lanes = Bench(3)
     told: dict[int, set[str]] = {}
@@ -185,8 +185,7 @@ def test_all_lanes_tell_that_they_live_while_the_checkpoint_of_one_is_packed(mon
 
     monkeypatch.setattr("hpsearch.training.outcome.pack", watched)
     lanes.run(job(0, 0, 2), job(1, 0, 1), job(2, 0, 1))
-    first, second, third = "train/0/0-2", "train/1/0-1", "train/2/0-1"
-    assert told == {1: {first, second, third}, 2: {first, third}, 0: {first}}
+    assert told == {0: {"train/0/0-2"}, 1: {"train/1/0-1"}, 2: {"train/2/0-1"}}
 
 
 def test_checkpoint_that_cannot_be_packed_is_the_end_of_its_own_job_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +226,11 @@ def test_diverged_lane_ends_with_its_curve_and_the_other_is_unharmed() -> None:
     assert bad.values["epoch"] == other.values["epoch"]
 
 
+def measure_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in ("TRIALS", "S", "STEPS"):
+        monkeypatch.setattr(f"hpsearch.training.lane_host.MEASURE_AFTER_{limit}", 0)
+
+
 def test_nothing_is_measured_before_a_group_has_been_trained_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
 
@@ -235,11 +239,18 @@ def test_nothing_is_measured_before_a_group_has_been_trained_for_a_while(monkeyp
         return Width(lanes=2, measured=())
 
     monkeypatch.setattr("hpsearch.training.lane_host.best_width", width)
-    bench = Bench(None)
-    bench.run(job(0, 0, 1), job(1, 0, 1))
-    assert not bench.executor.fills(job(2, 0, 1))
-    assert (measured, bench.asked) == ([], [])
     monkeypatch.setattr("hpsearch.training.lane_host.MEASURE_AFTER_S", 1e-9)
+    monkeypatch.setattr("hpsearch.training.lane_host.MEASURE_AFTER_STEPS", 8)  # of two in each epoch
+    bench = Bench(None)
+    bench.run(job(0, 0, 3))
+    assert not bench.executor.fills(job(2, 0, 1))
+    bench.run(job(0, 3, 4, "checkpoints/trial-0000-e0003.safetensors"))
+    assert not bench.executor.fills(job(2, 0, 1))  # enough steps, of one trial
+    bench.run(job(1, 0, 1))
+    assert (measured, bench.asked) == ([], [])
+    monkeypatch.setattr("hpsearch.training.lane_host.MEASURE_AFTER_STEPS", 11)
+    assert not bench.executor.fills(job(2, 0, 1))
+    monkeypatch.setattr("hpsearch.training.lane_host.MEASURE_AFTER_STEPS", 10)
     assert bench.executor.fills(job(2, 0, 1))
     assert not bench.executor.fills(job(2, 0, 1, width=8))
     assert len(bench.run(job(2, 0, 1), more=[job(3, 0, 1)])) == 2
@@ -250,7 +261,7 @@ def test_nothing_is_measured_before_a_group_has_been_trained_for_a_while(monkeyp
 
 def test_group_that_gains_nothing_is_trained_plainly_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hpsearch.training.lane_host.best_width", lambda *_, **__: Width(lanes=1, measured=()))
-    monkeypatch.setattr("hpsearch.training.lane_host.MEASURE_AFTER_S", 0.0)
+    measure_at_once(monkeypatch)
     bench, plain = Bench(None), Bench(1)
     found, wanted = bench.run(job(0, 0, 2), job(1, 0, 1)), plain.run(job(0, 0, 2), job(1, 0, 1))
     assert bench.asked == []
@@ -258,6 +269,149 @@ def test_group_that_gains_nothing_is_trained_plainly_from_then_on(monkeypatch: p
     for key, result in found.items():
         assert [row.metrics for row in result.epochs] == [row.metrics for row in wanted[key].epochs]  # to the bit
         assert "one_lane" not in result.values  # nothing is wrong with it
+
+
+def test_memory_that_runs_out_while_lanes_are_tried_means_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(trainings: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("hpsearch.training.lane_host.find_route", fail)
+    lanes, plain = Bench(4), Bench(1)
+    jobs = [job(0, 0, 1), job(1, 0, 1)]
+    found, wanted = lanes.run(*jobs), plain.run(*jobs)
+    for key, result in found.items():
+        assert result.epochs[0].metrics == wanted[key].epochs[0].metrics  # to the bit
+    assert "CUDA out of memory" in str(found["train/0/0-1"].values["one_lane"])
+    assert lanes.asked == []
+    assert not lanes.executor.fills(job(2, 0, 1))
+
+
+@pytest.mark.parametrize("error", [UserCodeError("augment() raised"), RuntimeError("shapes"), ZeroDivisionError()])
+def test_whatever_measuring_raises_means_one_by_one(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("hpsearch.training.lane_host.best_width", fail)
+    measure_at_once(monkeypatch)
+    bench = Bench(None)
+    found = bench.run(job(0, 0, 1), job(1, 0, 1))
+    assert [result.outcome for result in found.values()] == ["done", "done"]
+    assert type(error).__name__ in str(found["train/0/0-1"].values["one_lane"])
+    assert not bench.executor.fills(job(2, 0, 1))
+
+
+class Moody(Classes):
+    """Some trials raise at their first step."""
+
+    def model(self, config: Config) -> nn.Module:
+        class Raises(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                raise ValueError("boo")
+
+        return Raises(6, 3) if config["lr"] == 7.0 else nn.Linear(6, 3)
+
+
+@pytest.mark.parametrize("lanes", [2, None])
+def test_trial_that_crashes_does_not_end_lanes_for_its_group(
+    lanes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure_at_once(monkeypatch)
+    monkeypatch.setattr("hpsearch.training.lane_host.best_width", lambda *_, **__: Width(lanes=2, measured=()))
+    bench = Bench(lanes, Moody())
+    found = bench.run(job(0, 0, 1, lr=7.0))
+    assert found["train/0/0-1"].outcome == "crashed"
+    found = bench.run(job(1, 0, 1), more=[job(2, 0, 1)])
+    assert [result.outcome for result in found.values()] == ["done", "done"]
+    assert bench.asked == [1, 2]
+    assert bench.executor.fills(job(3, 0, 1))
+
+
+def test_group_whose_program_fails_is_trained_one_by_one_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(program: LaneGroup) -> None:
+        raise LanesRefused("in lanes it raised RuntimeError: stride")
+
+    monkeypatch.setattr(LaneGroup, "train_epoch", fail)
+    bench = Bench(2)
+    found = bench.run(job(0, 0, 1), job(1, 0, 1))
+    assert [result.values.get("one_lane") for result in found.values()] == [
+        "trained one by one: in lanes it raised RuntimeError: stride",
+        None,
+    ]
+    assert bench.asked == []
+    assert not bench.executor.fills(job(2, 0, 1))
+
+
+class Gated(nn.Module):
+    """A float decides which of its parameters have a gradient."""
+
+    def __init__(self, gate: float) -> None:
+        super().__init__()
+        self.gate = gate
+        self.main, self.extra = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.main(x)
+        return output + self.gate * self.extra(x) if self.gate else output
+
+
+class Gates(Classes):
+    def model(self, config: Config) -> nn.Module:
+        gate = config["gate"]
+        assert isinstance(gate, float)
+        return Gated(gate)
+
+
+def test_each_structure_of_a_group_has_a_trial_step_of_its_own() -> None:
+    lanes, plain = Bench(2, Gates()), Bench(1, Gates())
+    for gate, trials in ((0.0, (0, 1)), (0.5, (2, 3)), (0.0, (4, 5))):
+        jobs = [job(trial, 0, 2, gate=gate) for trial in trials]
+        found, wanted = lanes.run(*jobs), plain.run(*jobs)
+        for key, result in found.items():
+            assert "one_lane" not in result.values
+            assert_alike(result, wanted[key])
+
+
+def test_like_programs_of_a_group_share_one_trial_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = watch_trial_steps(monkeypatch)
+    bench = Bench(2)
+    bench.run(job(0, 0, 1), job(1, 0, 1), job(2, 0, 1), job(3, 0, 1))
+    assert tried == [1, 2]
+    bench.executor._free_memory()  # and with it what programs are compared with
+    bench.run(job(4, 0, 1), job(5, 0, 1))
+    assert tried == [1, 2, 2]
+
+
+@pytest.mark.parametrize("goes_together", [True, False])
+def test_first_to_join_a_program_of_one_lane_is_tried_with_it(
+    goes_together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = watch_trial_steps(monkeypatch, goes_together=goes_together)
+    jobs = [job(0, 0, 3), job(1, 0, 1), job(2, 0, 1)]
+    lanes, plain = Bench(2), Bench(1)
+    line: list[list[TrainJob]] = [[], [jobs[1]], [jobs[2]]]
+
+    def one_by_one(last: Job, n: int) -> Sequence[Job]:
+        return line.pop(0) if line else ()
+
+    results = lanes.executor.run(jobs[:1], lambda ref: b"", lambda *_: None, one_by_one)
+    found = {result.key: result for result in results}
+    for key, result in plain.run(*jobs).items():
+        assert_alike(found[key], result)
+        if not goes_together and result.key != "train/0/0-3":
+            assert [row.metrics for row in found[key].epochs] == [row.metrics for row in result.epochs]  # alone
+    assert tried == ([1, 1, 2] if goes_together else [1, 1, 2, 2])
+
+
+def watch_trial_steps(monkeypatch: pytest.MonkeyPatch, *, goes_together: bool = True) -> list[int]:
+    """The number of trials of each trial step to come."""
+    tried: list[int] = []
+
+    def watched(trainings: Sequence[Any]) -> tuple[Route | None, str]:
+        tried.append(len(trainings))
+        return find_route(trainings) if goes_together or len(trainings) == 1 else (None, "they differ")
+
+    monkeypatch.setattr("hpsearch.training.lane_host.find_route", watched)
+    return tried
 
 
 def ramp(index: int, **keys: Any) -> RampJob:

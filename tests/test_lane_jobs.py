@@ -12,6 +12,7 @@ import torch
 from hpsearch.errors import TrialDiverged, UserCodeError
 from hpsearch.job import EpochMetrics, Job, Outcome, Result, TrainJob, train_key
 from hpsearch.training.lane_jobs import Interrupted, LaneJobs
+from hpsearch.training.lanes import LanesRefused
 from hpsearch.training.outcome import Curve
 
 
@@ -67,13 +68,14 @@ class FakeProgram:
 class FakeHost:
     def __init__(self) -> None:
         self.log: list[str] = []
-        self.packed: list[tuple[int, list[int]]] = []  # a trial whose job ended, and those who waited for it
         self.diverging: set[int] = set()
         self.unfit: set[int] = set()
         self.unable: set[int] = set()
         self.fusible = True
         self.trouble: Callable[[tuple[int, ...]], Exception | None] = lambda trials: None
         self.stop = False
+        self.width = 2
+        self.group = FakeProgram
 
     def begin(self, job: TrainJob) -> Any:
         if job.trial in self.unable:
@@ -85,10 +87,15 @@ class FakeHost:
         return Result(key=job.key, message="alone")
 
     def program(self, trainings: Any) -> Any:
-        return FakeProgram(self, trainings) if self.fusible else None
+        if not self.fusible:
+            raise LanesRefused("it reads a tensor's value")
+        return self.group(self, trainings)
 
     def fits(self, first: Any, other: Any) -> bool:
         return other.trial not in self.unfit
+
+    def may_join(self, first: Any, other: Any) -> bool:
+        return self.fits(first, other)
 
     def objective(self, row: EpochMetrics) -> float:
         return row.metrics["val_loss"]
@@ -101,8 +108,7 @@ class FakeHost:
     def stopped(self) -> bool:
         return self.stop
 
-    def result(self, job: TrainJob, curve: Curve, training: Any, beside: Sequence[TrainJob]) -> Result:
-        self.packed.append((job.trial, [other.trial for other in beside]))
+    def result(self, job: TrainJob, curve: Curve, training: Any) -> Result:
         outcome: Outcome = "diverged" if curve.diverged else "done"
         values = {"best": curve.best, "epoch": training.epoch}
         return Result(key=job.key, outcome=outcome, values=values, epochs=tuple(curve.rows))
@@ -110,9 +116,13 @@ class FakeHost:
     def ended(self, job: TrainJob, training: Any, result: Result) -> None:
         self.log.append(f"ended {job.trial}")
 
-    def too_wide(self, n_lanes: int) -> int:
+    def refused(self, reason: str) -> None:
+        self.log.append(f"refused: {reason}")
+        self.width = 1
+
+    def too_wide(self, n_lanes: int) -> None:
         self.log.append(f"too wide {n_lanes}")
-        return n_lanes // 2
+        self.width = max(1, n_lanes // 2)
 
 
 @pytest.fixture
@@ -129,7 +139,8 @@ def run(host: FakeHost, *jobs: TrainJob, width: int = 2, more: Sequence[TrainJob
         host.log += [f"asked beside {last.key}"] if given else []
         return given
 
-    return list(LaneJobs(host, width=width, more=further).run(jobs))
+    host.width = width
+    return list(LaneJobs(host, more=further).run(jobs))
 
 
 def keys(results: Sequence[Result]) -> list[str]:
@@ -147,12 +158,8 @@ def test_lane_that_ends_is_refilled_at_the_next_epoch_while_others_go_on(host: F
     ]
     assert results[2].values["best"] == ("weights", 1, 3)
     assert [row.epoch for row in results[2].epochs] == [1, 2, 3]
-
-
-def test_all_jobs_of_the_program_tell_that_they_live_while_one_is_packed(host: FakeHost) -> None:
-    host.diverging = {4}
-    run(host, job(1, 2), job(2, 1), job(3, 1), job(4, 2), width=4)
-    assert host.packed == [(2, [1, 3, 4]), (3, [1, 4]), (4, [1]), (1, [])]
+    assert [result.values.get("lanes") for result in results] == [2, 2, 2, 2]
+    assert ["lanes" in result.values for result in run(FakeHost(), job(5))] == [False]
 
 
 def test_more_is_asked_for_when_all_lanes_ended_together(host: FakeHost) -> None:
@@ -181,16 +188,35 @@ def test_trial_of_another_structure_is_trained_alone(host: FakeHost) -> None:
     assert [line for line in host.log if line.startswith("alone")] == ["alone 2", "alone 3"]
 
 
-def test_network_that_cannot_be_fused_is_trained_alone(host: FakeHost) -> None:
+def test_network_that_cannot_be_fused_is_trained_alone_and_no_more_is_asked_for(host: FakeHost) -> None:
     host.fusible = False
-    assert [r.message for r in run(host, job(1), job(2))] == ["alone", "alone"]
+    results = run(host, job(1), width=2, more=[job(2), job(3)])
+    assert [(r.key, r.message) for r in results] == [("train/1/0-1", "alone"), ("train/2/0-1", "alone")]
+    assert host.log == [
+        "asked beside train/1/0-1",
+        "refused: it reads a tensor's value",
+        "alone 1",
+        "alone 2",
+    ]
 
 
-def test_error_of_the_users_in_a_program_is_found_by_training_each_alone(host: FakeHost) -> None:
-    host.trouble = lambda trials: UserCodeError("metrics() raised")
-    assert [(r.key, r.message) for r in run(host, job(1), job(2))] == [
-        ("train/1/0-1", "alone"),
+@pytest.mark.parametrize("error", [UserCodeError("metrics() raised"), LanesRefused("metrics() raised")])
+def test_program_that_fails_is_given_up_and_no_more_is_asked_for(host: FakeHost, error: Exception) -> None:
+    host.trouble = lambda trials: error if 2 in trials else None
+    results = run(host, job(1, 3), job(4, 1), more=[job(2), job(3)])
+    assert [(r.key, r.message) for r in results] == [
+        ("train/4/0-1", ""),
+        ("train/1/0-3", "alone"),
         ("train/2/0-1", "alone"),
+    ]
+    assert host.log == [
+        "epoch of 1 4",
+        "ended 4",
+        "asked beside train/4/0-1",
+        "epoch of 1 2",
+        "refused: metrics() raised",
+        "alone 1",
+        "alone 2",
     ]
 
 
@@ -207,8 +233,27 @@ def test_one_lane_that_runs_out_of_memory_is_told_as_the_plain_loop_tells_it(hos
     assert [r.message for r in run(host, job(1))] == ["alone"]
 
 
+def test_memory_that_runs_out_while_a_trial_leaves_loses_nobody(host: FakeHost) -> None:
+    class Tight(FakeProgram):
+        def leave(self, trial: int) -> Any:
+            if len(self.lanes) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().leave(trial)
+
+    host.group = Tight
+    results = run(host, job(1, 2), job(2, 1), job(3, 1), job(4, 2), width=4)
+    assert sorted(keys(results)) == ["train/1/0-2", "train/2/0-1", "train/3/0-1", "train/4/0-2"]
+    assert host.log[:2] == ["epoch of 1 2 3 4", "too wide 4"]
+
+
+def test_job_of_a_trial_that_has_a_lane_waits_until_it_has_left(host: FakeHost) -> None:
+    results = run(host, job(1, 2), job(2, 1), more=[job(1, 3, from_epoch=2)])
+    assert keys(results) == ["train/2/0-1", "train/1/0-2", "train/1/2-3"]
+    assert [line for line in host.log if line.startswith("epoch")] == ["epoch of 1 2", "epoch of 1", "epoch of 1"]
+
+
 def test_request_to_stop_is_heard_between_two_epochs(host: FakeHost) -> None:
-    lanes = LaneJobs(host, width=2, more=lambda last, n: ()).run([job(1, 2), job(2, 1)])
+    lanes = LaneJobs(host, more=lambda last, n: ()).run([job(1, 2), job(2, 1)])
     assert next(lanes).key == "train/2/0-1"
     host.stop = True
     with pytest.raises(Interrupted):

@@ -230,6 +230,37 @@ def test_each_optimizer_steps_its_lane_as_torch_does(configs: list[Config], kern
     assert_equivalent(task(Mlp), configs, kernels=kernels)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_network_that_changes_its_input_in_place_does_so_once_in_each_lane(dropout: float) -> None:
+    class Scaling(DropoutMlp):
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            self.register_buffer("mean", torch.full((12,), 0.7))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x.mul_(3.0)
+            x -= self.mean
+            return super().forward(x)
+
+    assert_equivalent(task(Scaling), [{"lr": 1e-3, "dropout": dropout}, {"lr": 3e-3}], outputs="alone")
+
+
+def test_validation_batches_are_those_of_a_trial_alone_where_a_batch_is_normalized_by_itself() -> None:
+    class Normalized(nn.Module):
+        def __init__(self, config: Config) -> None:
+            super().__init__()
+            self.norm, self.head = nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(x[:, :3]))
+
+    def wide(n: int, seed: int) -> tuple[Tensor, Tensor]:
+        x, y = networks.classes(5 * n, seed)
+        return F.pad(x, (0, 8000)), y
+
+    assert_equivalent(task(Normalized, wide), [{"lr": 1e-3}, {"lr": 3e-3}], epochs=1)
+
+
 def test_an_optimizer_of_the_tasks_with_groups_betas_and_flags_of_its_own() -> None:
     def optimizer(self: Task, params: Any, config: Config) -> torch.optim.Optimizer:
         params = list(params)

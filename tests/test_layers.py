@@ -29,9 +29,9 @@ DRAWING = """
 3  training.* pyfunc_model                                                    # torch
 2  sampler rungs lr_curve selection intervals verdict budget triage predict   # pure decisions, numpy and SciPy only
 2  edits leases lane_groups retention diagnosis space_diagnosis racing corners parsimony  # of values as well
-2  fold_race                                                                  # likewise
+2  fold_race winner sentences                                                 # likewise
 1  hpsearch spec spec_model spec_problems yaml_reader space task task_source  # what is written
-1  metric_names checks task_code own_config                                   # what can be named
+1  metric_names checks task_code own_config number_text                       # what can be named
 1  job trial state events journal blobs notes package                         # what is passed on and kept
 1  storage archive restore                                                    # what outlives a study's machines
 0  errors

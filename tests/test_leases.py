@@ -32,6 +32,18 @@ def test_job_that_was_heard_from_may_be_silent_for_the_shortest_lease_at_least()
     assert book.overdue(1.5 + SHORTEST_LEASE_S) == [("a", SHORTEST_LEASE_S)]
 
 
+def test_job_that_waits_for_another_of_its_worker_is_kept_and_may_still_be_silent_long_when_it_begins() -> None:
+    book = LeaseBook()
+    book.begin("a", now=0.0)
+    book.heard("a", now=20.0)
+    limit = book.first_lease_s()
+    book.begin("b", now=20.0)
+    book.heard("b", now=1000.0, waiting=True)
+    assert (book.lease_s, book.first_lease_s()) == (SHORTEST_LEASE_S, limit)  # nothing was learned
+    assert ("b", limit) not in book.overdue(1000.0 + limit)
+    assert ("b", limit) in book.overdue(1001.0 + limit)
+
+
 def test_slow_batches_make_leases_longer_and_first_batches_do_not() -> None:
     book = LeaseBook()
     book.begin("a", now=0.0)

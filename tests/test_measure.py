@@ -309,3 +309,9 @@ def test_rows_of_outputs_unlike_their_targets_are_scored_one_by_one() -> None:
     scores = row_scores(Gaussian(), "values", output, target)
     assert set(scores) == {"loss"}  # an RMSE is no mean over rows
     assert scores["loss"].mean().item() == pytest.approx(Gaussian().loss(output, target).item(), rel=1e-5)
+
+
+def test_output_that_would_be_broadcast_against_its_target_is_refused() -> None:
+    """Also where a loop of the user's has trained the model, and nobody has compared the two before."""
+    with pytest.raises(UserCodeError, match="which would broadcast"):
+        output_metrics(Classes(), torch.zeros(9), torch.zeros(9, 1))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import doctest
+
 import numpy as np
 import pytest
 import torch
 from sklearn import metrics as sk
 
+from hpsearch import metric_names
 from hpsearch.errors import SpecError, UserCodeError
 from hpsearch.metric_names import NAMED_METRICS
 from hpsearch.spec import parse_spec
@@ -25,6 +28,10 @@ def logits_and_classes(rng: np.random.Generator, n_classes: int, n: int = 300) -
     target[:n_classes] = np.arange(n_classes)
     logits = rng.normal(size=(n, n_classes)) + 1.2 * np.eye(n_classes)[target]
     return torch.tensor(logits, dtype=torch.float32), torch.tensor(target)
+
+
+def test_doctests() -> None:
+    assert doctest.testmod(metric_names).failed == 0
 
 
 def test_metrics_of_several_classes_are_scikit_learns(rng: np.random.Generator) -> None:

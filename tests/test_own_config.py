@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from hpsearch import own_config as module
-from hpsearch.cli.run_verbs import own_config_lines, top_table
+from hpsearch.cli.run_verbs import top_table
 from hpsearch.errors import SpecError
 from hpsearch.events import TrialDrawn
 from hpsearch.fleets import Launch
 from hpsearch.fleets.local import LocalFleet
-from hpsearch.job import DataInfo, Result, TrainJob
+from hpsearch.job import DataInfo, EvaluateJob, Job, RebuildJob, Result, TrainJob
 from hpsearch.journal import FILE_NAME, read_journal
+from hpsearch.sentences import own_config_lines
 from hpsearch.spec import parse_spec
 from hpsearch.state import Entry, StudyState
 from hpsearch.tpe import TpeSampler
@@ -292,6 +296,29 @@ def test_rungs_that_are_edited_do_not_hold_it_back(tmp_path: Path) -> None:
     assert state.own_trial.epoch == 18
 
 
+class Rebuilding(fakes.FakeExecutor):
+    """Trains no trial a second time."""
+
+    def run(
+        self, jobs: Sequence[Job], fetch: Callable[[str], bytes], progress: Callable[[str, int], None]
+    ) -> Iterator[Result]:
+        assert not any(isinstance(job, RebuildJob) for job in jobs)
+        yield from super().run(jobs, fetch, progress)
+
+
+@pytest.mark.parametrize("overrides", [["ensemble.enabled=false"], ["ensemble.pool=2", "ensemble.size=2"]])
+def test_its_checkpoint_is_kept_whatever_its_rank_and_however_small_the_pool(
+    tmp_path: Path, overrides: list[str]
+) -> None:
+    own = "baseline={lr: 0.5, optimizer: adamw, width: 128}"
+    state = run(tmp_path, own, *overrides, make_executor=lambda spec, folder: Rebuilding())
+    assert state.done
+    assert state.own_trial is not None
+    assert state.own_trial.best_checkpoint is not None
+    assert state.compared is not None
+    assert state.compared.over_own["trial"] == 9
+
+
 # What is told
 
 
@@ -328,6 +355,36 @@ def test_without_a_test_split_the_ensembles_rows_tell(tmp_path: Path) -> None:
     assert state.compared.over_own["split"] == "ensemble"
 
 
+@pytest.mark.parametrize("override", ["ensemble.enabled=false", "confirm.trials=2"])
+def test_nothing_is_claimed_on_rows_that_chose_the_winner(tmp_path: Path, override: str) -> None:
+    """Nothing of val was set aside, or fresh seeds were measured on what was."""
+    state = run(tmp_path, OWN, override, make_executor=lambda spec, folder: NoTest())
+    assert state.compared is not None
+    assert state.compared.over_own == {}
+    assert state.beats_baseline is None
+    (line,) = own_config_lines(state)
+    assert line == (
+        "your baseline config: trial 9, rank 10 of 10, complete; whether the winner beats it is not told: there is no "
+        "test split, and all other rows had a part in choosing"
+    )
+
+
+class Hopeless(NoTest):
+    """Its models are no better than ignoring the inputs."""
+
+    def _evaluate(self, job: EvaluateJob) -> Result:
+        result = super()._evaluate(job)
+        return dataclasses.replace(
+            result, blobs={ref: save({"loss": np.full(fakes.N_ROWS, 9.0)}) if ref.endswith("rows") else content
+                           for ref, content in result.blobs.items()}
+        )  # fmt: skip
+
+
+def test_rows_that_chose_the_winner_may_still_show_that_it_is_worth_nothing(tmp_path: Path) -> None:
+    state = run(tmp_path, "confirm.trials=2", make_executor=lambda spec, folder: Hopeless())
+    assert state.beats_baseline is False
+
+
 def test_own_config_that_wins_is_called_the_winner(tmp_path: Path) -> None:
     state = run(tmp_path, "baseline={lr: 0.01, optimizer: adamw, width: 128}")
     assert own_config_lines(state) == ["your baseline config: trial 9, rank 1 of 10, complete: it is the winner"]
@@ -350,6 +407,29 @@ class Wild(fakes.FakeExecutor):
         if lr > 0.005 or lr < 0:
             return Result(key=job.key, outcome="diverged", message="val_loss is nan")
         return super()._train(job)
+
+
+def of_the_choice(state: StudyState, acknowledged: Mapping[str, str]) -> dict[str, str]:
+    """What MLflow is yet to hear of the ensemble and of what was measured at the end."""
+    due = {operation.key: operation.revision for operation in due_operations(state, acknowledged)}
+    return {key: due[key] for key in due if key.startswith(("ensemble/", "parent/result/", "parent/lead/"))}
+
+
+def test_taking_it_out_again_registers_nothing_and_measures_nothing(tmp_path: Path) -> None:
+    before = run(tmp_path, OWN)
+    heard = of_the_choice(before, {})
+    assert set(heard) == {"ensemble/9", "parent/result/9", "parent/lead/9"}
+    state = run(tmp_path)
+    assert state.selected == before.selected
+    assert state.compared == before.compared
+    assert own_config_lines(state) == []
+    assert of_the_choice(state, heard) == {}
+
+
+def test_one_that_is_written_later_and_changes_no_choice_registers_nothing(tmp_path: Path) -> None:
+    heard = of_the_choice(run(tmp_path), {})
+    assert set(heard) == {"ensemble/9", "parent/result/9"}
+    assert set(of_the_choice(run(tmp_path, OWN), heard)) == {"parent/lead/9"}
 
 
 def test_top_and_mlflow_mark_it(tmp_path: Path) -> None:

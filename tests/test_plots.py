@@ -357,6 +357,31 @@ def test_pareto_figure_without_a_known_error_or_a_sound_trial_marks_neither(draw
     size_of(pareto_figure([SizePoint(trial=0, state="odd", value=1e308, n_parameters=10**12)], front=[0], metric="m"))
 
 
+def test_winner_has_the_star_and_the_searched_best_is_told_as_such(drawn: list[Figure]) -> None:
+    learning_curves_figure(curves(), metric="val_loss", winner=1, own=[0])
+    assert legend_of(drawn[0])[:2] == ["best: trial 1, 1.5 at epoch 1", "searched best: trial 0, 0.1111 at epoch 9"]
+    assert "your baseline config: trial 0" in legend_of(drawn[0])
+    found = [
+        SearchPoint(trial=trial, state="complete", value=value, config={"lr": 0.1 + trial})
+        for trial, value in enumerate([0.3, 0.2, 0.4])
+    ]
+    search_figure(found, [ParameterPlot(name="lr")], metric="val_loss", winner=0, own=[2])
+    assert legend_of(drawn[1])[:2] == ["best: trial 0, 0.3", "searched best: trial 1, 0.2"]
+    assert "your baseline config: trial 2" in legend_of(drawn[1])
+    stars = [line.get_ydata() for line in drawn[1].axes[0].lines if line.get_marker() == "*"]
+    assert [list(np.atleast_1d(ys)) for ys in stars] == [[0.3]]
+    pareto_figure(SIZES, front=[0, 1], metric="val_loss", winner=2)
+    assert {"best: trial 2, 0.4", "searched best: trial 1, 0.2"} <= set(legend_of(drawn[2]))
+
+
+def test_ensemble_figure_of_one_pick_says_that_none_helped(drawn: list[Figure]) -> None:
+    ensemble_figure([0.24] * 25, best_round=1, single_score=0.24)
+    panel = drawn[0].axes[0]
+    assert [text.get_text() for text in panel.texts] == ["no pick helped: 24 more were tried"]
+    assert set(legend_of(drawn[0])) == {"best single: 0.24", "kept: 0.24 after 1 pick"}
+    assert panel.get_ylim() == pytest.approx((0.216, 0.264))
+
+
 def test_figures_without_anything_to_draw_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one trial"):
         pareto_figure([], front=[], metric="val_loss")

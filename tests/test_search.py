@@ -581,6 +581,21 @@ def test_free_lanes_get_promotions_of_the_group_before_new_trials() -> None:
     assert (promoted.trial, promoted.from_epoch) == (0, 1)
 
 
+def test_trials_to_come_are_counted_alike_after_a_replay() -> None:
+    bench = Bench()
+    first = bench.take()
+    assert first is not None
+    jobs = [first, *(job for _ in range(4) if (job := beside(bench, first)) is not None)]
+    for job in jobs:
+        bench.finish(job, loss=0.1 * (job.trial + 1))
+    assert list(bench.state.trials) == [0, 2, 4, 6, 8]
+    replayed = dataclasses.replace(bench, state=StudyState(), told=[], time=0.0, first=False)
+    replayed.tell(*bench.told)
+    for each in (bench, replayed):
+        may = [each.search.may_continue(job.trial, 1, 0.1 * (job.trial + 1)) for job in jobs]
+        assert may == [True] * 3 + [False] * 2  # the third of 9, of which 4 have yet to come
+
+
 def test_no_trial_is_passed_over_by_more_than_the_look_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hpsearch.stages.search.LANES_LOOK_AHEAD", 4)
     bench = Bench(n_trials=100)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hpsearch.events import RangeMeasured
+from hpsearch.events import Compared, Finished, RangeMeasured
 from hpsearch.job import Config, EpochMetrics
 from hpsearch.space_diagnosis import edges, infeasible, nothing_overfits
 from hpsearch.spec import parse_spec
@@ -142,3 +142,60 @@ def test_space_in_which_nothing_overfits_is_told_and_one_in_which_something_does
         for e in epochs
     ]
     assert nothing_overfits(state) is None
+
+
+def leaders_at(**values: list[float | int]) -> list[TrialRecord]:
+    names = list(values)
+    rows = zip(*values.values(), strict=True)
+    rest: Config = {"lr": 0.01, "dropout": 0.25, "depth": 3, "optimizer": "adamw"}
+    return [trial(n, rest | dict(zip(names, row, strict=True))) for n, row in enumerate(rows)]
+
+
+def test_no_edge_is_told_below_which_nothing_lies() -> None:
+    assert edges(leaders_at(dropout=[0.001, 0.0, 0.02, 0.1, 0.01]), SPEC.space) == []
+    assert edges(leaders_at(depth=[1, 1, 1, 2, 1]), SPEC.space) == []
+    (remark,) = edges(leaders_at(dropout=[0.499, 0.5, 0.48, 0.4, 0.45]), SPEC.space)
+    assert remark.hint == "a higher max of dropout may do better"
+    (remark,) = edges(leaders_at(lr=[1e-5, 1.1e-5, 2e-5, 1e-5, 3e-5]), SPEC.space)  # a log range has no such end
+    assert remark.hint == "a lower min of lr may do better"
+
+
+def test_no_edge_is_told_of_a_range_of_a_few_values() -> None:
+    few = parse_spec(
+        "name: a\ntask: t.py:T\nparameters: {depth: {min: 2, max: 3}, width: {min: 0.5, max: 2.0, step: 0.5}}"
+    )
+    leaders = [trial(n, {"depth": 3, "width": 2.0}) for n in range(5)]
+    assert edges(leaders, few.space) == []
+
+
+def long_trials(train: float, val: float) -> StudyState:
+    state = StudyState(ended_stages={"search"})
+    for n in range(2):
+        record = trial(n, {"depth": 1})
+        record.curve = [
+            EpochMetrics(epoch=e, metrics={"train_loss": train * 8 / e, "val_loss": val * 8 / e}, seconds=1.0)
+            for e in range(1, 9)
+        ]
+        state.trials[n] = record
+    return state
+
+
+def baseline(name: str, loss: float) -> Finished:
+    return Finished(key=f"baseline/{name}", worker="w", outcome="done", values={"metrics": {"val": {"loss": loss}}})
+
+
+def test_capacity_is_advised_only_where_train_and_val_loss_are_near() -> None:
+    assert nothing_overfits(long_trials(0.3, 0.37)) is not None
+    assert nothing_overfits(long_trials(0.3, 0.38)) is None
+    assert nothing_overfits(long_trials(0.000793, 0.0362)) is None
+
+
+def test_capacity_is_not_advised_where_a_linear_model_is_as_good() -> None:
+    for linear, told in ((0.33, False), (0.31, False), (0.5, True)):
+        state = long_trials(0.3, 0.32)
+        state.apply(baseline("constant", 1.0), 0.0)
+        state.apply(baseline("linear", linear), 0.0)
+        assert (nothing_overfits(state) is not None) == told, linear
+    over = {"metric": "loss", "value": -0.01, "low": -0.1, "high": 0.1, "better": None, "split": "test", "n_rows": 99}
+    state.apply(Compared(n_trials=2, gain={}, over_linear=over), 0.0)
+    assert nothing_overfits(state) is None  # rows that chose nothing have the last word

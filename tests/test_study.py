@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,7 +29,7 @@ from hpsearch.spec import Spec, parse_spec
 from hpsearch.state import Entry, StudyState
 from hpsearch.study import Study
 from hpsearch.trial import TrialState
-from hpsearch.worker import Worker
+from hpsearch.worker import More, Worker
 from tests import fakes
 from tests.same_study import held
 
@@ -231,17 +232,49 @@ def test_progress_keeps_a_lease_alive(make: Callable[..., Study], clock: Clock) 
     job = take(study, "slow")
     for _ in range(4):
         clock.now += study.pull("slow", slots=0).first_lease_s - 1
-        study.progress("slow", job.key)
+        study.progress("slow", [job.key])
         assert study.pull("other", slots=0).jobs == ()
     assert job.key in study.state.leases
     study.push("slow", [answer(job)])
     assert study.state.trials[job.trial].epoch == 1
 
 
+def test_jobs_in_lanes_keep_their_leases_while_another_of_the_worker_is_trained_alone(
+    make: Callable[..., Study], clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OneAfterTheOther(fakes.FakeExecutor):
+        def fills(self, job: Job) -> bool:
+            return True
+
+        def run(
+            self,
+            jobs: Sequence[Job],
+            fetch: Callable[[str], bytes],
+            progress: Callable[[str, int], None],
+            more: More | None = None,
+        ) -> Iterator[Result]:
+            assert more is not None
+            for job in [*jobs, *more(jobs[-1], 3)]:
+                for _ in range(100):
+                    clock.now += 30.0
+                    progress(job.key, 0)
+                    assert study.pull("other", slots=0).jobs == ()
+                yield answer(job)
+
+    monkeypatch.setattr("hpsearch.worker.time", SimpleNamespace(perf_counter=clock))
+    study = make()
+    worker = Worker("w", study, OneAfterTheOther)
+    worker.begin()
+    worker.step()
+    assert [record.epoch for record in study.state.trials.values()] == [1, 1, 1, 1]
+    study.close()
+    assert not any(isinstance(entry.event, Returned) for entry in read_journal(tmp_path))
+
+
 def test_progress_of_an_unknown_job_is_passed_over(make: Callable[..., Study], clock: Clock) -> None:
     study = make()
     study.hello("w", INFO)
-    study.progress("w", "train/99/0-1")
+    study.progress("w", ["train/99/0-1"])
     clock.now = 10 * FIRST_LEASE_S
     assert take(study, "w").trial == 0
 
@@ -267,7 +300,7 @@ def test_lease_is_several_of_the_longest_silence_that_ended_well(make: Callable[
     job = take(study, "w")
     for _ in range(3):
         clock.now += 20.0
-        study.progress("w", job.key)
+        study.progress("w", [job.key])
     told = study.pull("x", slots=0)
     assert (told.lease_s, told.first_lease_s) == (200.0, 300.0)
     clock.now += 200.0
@@ -355,11 +388,11 @@ def test_sign_of_life_after_the_lease_takes_the_job_back_unless_another_has_it(
     job = take(study, "slow")
     clock.now = FIRST_LEASE_S + 1
     study.pull("other", slots=0)
-    study.progress("slow", job.key)
+    study.progress("slow", [job.key])
     assert study.state.leases[job.key].worker == "slow"
     study.lost("slow")
     assert take(study, "other") == job
-    study.progress("slow", job.key)
+    study.progress("slow", [job.key])
     assert study.state.leases[job.key].worker == "other"
 
 
@@ -388,7 +421,7 @@ def test_restarted_study_leaves_jobs_with_workers_that_announce_them(
     first._journal.commit()
     study = reopened(tmp_path, clock)
     assert study.workers()["alive"] == Seat(node="n1", pid=11, alive=True)
-    study.progress("alive", kept.key)
+    study.progress("alive", [kept.key])
     assert take(study, "new") not in (kept, dropped)
     clock.now += INHERIT_S + 1
     assert take(study, "new") == dropped
@@ -666,8 +699,8 @@ def test_same_crash_of_three_trials_stops_the_study(make: Callable[..., Study], 
     assert isinstance(study.failure, UserCodeError)
     assert str(study.failure) == (
         "error[task]: t.py:3 in model: ValueError: 3\n"
-        "  hint: the same error ended 3 jobs, so the study was stopped; mend the task, then launch again with --resume "
-        "(after a change of data() or of space.yaml: with a new --run-dir)"
+        "  hint: the same error ended 3 jobs, so the study was stopped; mend the task or space.yaml, then launch again "
+        "with --resume (after a change of data(): with a new --run-dir)"
     )
     assert study.pull("w").ended
     study.close()
@@ -809,7 +842,7 @@ def test_budget_of_hours_ends_the_search_and_the_ensemble_still_comes(make: Call
 
 
 def test_budget_waits_for_what_is_running(make: Callable[..., Study]) -> None:
-    study = make(budget=Budget(epochs=1))
+    study = make(budget=Budget(epochs=2))
     study.hello("w", INFO)
     first, second = study.pull("w", slots=2).jobs
     study.push("w", [answer(first)])
@@ -843,6 +876,13 @@ def test_epochs_in_workers_hands_count_towards_the_budget(make: Callable[..., St
         study.push(name, [answer(job)])
     assert study.state.n_epochs == 3
     assert study.state.search_ended
+
+
+def test_lanes_take_no_more_than_the_budget(make: Callable[..., Study]) -> None:
+    study = make(budget=Budget(epochs=3))
+    study.hello("a", INFO)
+    first = take(study, "a")
+    assert len(study.pull("a", 8, beside=first).jobs) == 2
 
 
 # Disk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -114,8 +115,8 @@ class RecordingStudy:
     def lost(self, worker: str, reason: str, *, blame_job: bool) -> None:
         self.calls.append((worker, reason, blame_job))
 
-    def progress(self, worker: str, key: str) -> None:
-        self.calls.append((worker, key))
+    def progress(self, worker: str, keys: Sequence[str]) -> None:
+        self.calls += [(worker, key) for key in keys]
 
 
 def actor_of(study: RecordingStudy, *, restarted: bool) -> StudyActor:

@@ -226,12 +226,12 @@ class StudyMachine(RuleBasedStateMachine):
     @rule(worker=worker_names, data=st.data())
     def shows_life(self, worker: str, data: st.DataObject) -> None:
         if self.play.hands[worker]:
-            self.play.study.progress(worker, data.draw(st.sampled_from(self.play.hands[worker])).key)
+            self.play.study.progress(worker, [data.draw(st.sampled_from(self.play.hands[worker])).key])
 
     @rule(worker=worker_names, key=st.sampled_from(["train/99/0-1", "train/0/0-9", "ramp/no/0", "export/3"]))
     def shows_life_of_what_nobody_gave(self, worker: str, key: str) -> None:
         if key.startswith("train/99"):
-            self.play.study.progress(worker, key)
+            self.play.study.progress(worker, [key])
             assert key not in self.play.study.state.leases
 
     @rule(worker=worker_names)

@@ -297,10 +297,9 @@ def test_result_tells_test_scores_gain_and_the_split_that_was_used() -> None:
 def test_notes_and_verdict_are_the_description_of_the_run() -> None:
     text = note_text(whole_study().state(), [Note(number=1, time=0.0, text="sgd looks better")])
     assert text == (
-        "**Best trial**: 0, val_loss 0.4 at epoch 3.\n\n"
+        "**Best trial**: 0, val_loss 0.4 at epoch 3: chosen by its val_loss in the search, 0.4: first of 4.\n\n"
         "**Ensemble**: trials 0 (0.75), 1 (0.25).\n\n"
-        "**On the test split**, ensemble minus best single trial in loss: -0.02,"
-        " 95 % interval -0.03 to -0.01: better.\n\n"
+        "**On the test split**: ensemble − best trial, test loss: -0.02 [-0.03, -0.01]: better.\n\n"
         "**Notes**\n\n"
         "- 1970-01-01 00:00 UTC: sgd looks better"
     )

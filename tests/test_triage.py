@@ -39,8 +39,8 @@ def test_same_frame_and_kind_from_three_subjects_is_a_bug_of_the_users() -> None
     assert error is not None
     assert str(error) == (
         "error[task]: t.py:3 in model: ValueError: c\n"
-        "  hint: the same error ended 3 jobs, so the study was stopped; mend the task, then launch again with --resume "
-        "(after a change of data() or of space.yaml: with a new --run-dir)"
+        "  hint: the same error ended 3 jobs, so the study was stopped; mend the task or space.yaml, then launch again "
+        "with --resume (after a change of data(): with a new --run-dir)"
     )
 
 

@@ -98,10 +98,12 @@ def test_whole_verdict_of_a_whole_study() -> None:
         "study": "digits",
         "run_dir": "runs/digits",
         "seed": 7,
-        "epochs": {"lr_range": 0, "search": 5, "finish": 0},
+        "epochs": {"lr_range": 0, "search": 5, "evaluate": 0, "confirm": 0, "finish": 0},
         "wall_s": 41.23,
         "stages_s": {"start": 6.12, "lr_range": 0.0, "search": 10.0, "ensemble": 6.0, "tracking": 0.0},
         "trials": {"total": 3, "complete": 1, "stopped": 1, "diverged": 1, "failed": 0},
+        "lanes": {"trials": 0, "of": 3, "most": 1},
+        "precision": "float32",
         "lr_range": [],
         "best": {
             "trial": 0,
@@ -110,6 +112,16 @@ def test_whole_verdict_of_a_whole_study() -> None:
             "val": {"loss": 0.3, "accuracy": 0.7},
             "test": {"loss": 0.32, "accuracy": 0.9},
             "test_intervals": {"loss": {"value": 0.32, "low": 0.3, "high": 0.34}},
+            "chosen": {
+                "by": "search",
+                "metric": "val_loss",
+                "value": 0.3,
+                "scores": 1,
+                "place": 1,
+                "of": 3,
+                "final": True,
+                "searched_best": 0,
+            },
             "evaluated": None,
             "confirmed": None,
         },
@@ -176,6 +188,7 @@ def test_ranking_is_by_the_best_epoch_with_the_lower_number_first_and_diverged_l
     assert [row["trial"] for row in rows] == [1, 3, 0, 4, 2]
     assert rows[0] == {
         "trial": 1,
+        "winner": False,
         "config": {"lr": 0.05},
         "state": "complete",
         "baseline": False,
@@ -193,8 +206,8 @@ def test_trial_that_never_ended_an_epoch_has_no_metrics() -> None:
     state = state_of(TrialDrawn(trial=0, config={}, seed=0))
     (row,) = top(state)
     assert row == {
-        "trial": 0, "config": {}, "state": "waiting", "baseline": False, "epoch": 0, "epochs_trained": 0,
-        "n_parameters": None, "val": {}, "diagnosis": [],
+        "trial": 0, "winner": False, "config": {}, "state": "waiting", "baseline": False, "epoch": 0,
+        "epochs_trained": 0, "n_parameters": None, "val": {}, "diagnosis": [],
     }  # fmt: skip
     assert val_metrics(state.trials[0]) == {}
 
@@ -216,7 +229,7 @@ def test_epochs_of_ramps_are_counted_by_the_examples_they_saw() -> None:
         )
     ]
     crashed = Finished(key="ramp/all/2", worker="w", outcome="crashed")
-    assert epochs(state_of(*ramps, crashed)) == {"lr_range": 3, "search": 0, "finish": 0}
+    assert epochs(state_of(*ramps, crashed)) == {"lr_range": 3, "search": 0, "evaluate": 0, "confirm": 0, "finish": 0}
 
 
 def test_counts_name_the_final_states_always_and_the_others_when_there_are_any() -> None:

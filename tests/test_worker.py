@@ -28,6 +28,7 @@ class FakeStudy:
     errors: list[HpsearchError] = field(default_factory=list)
     pushes: list[int] = field(default_factory=list)  # results in each
     beside: list[Assignment] = field(default_factory=list)  # answers to a worker with free lanes
+    waiting: list[list[str]] = field(default_factory=list)  # jobs kept by each sign of life of others
 
     def arriving(self, worker: str, node: str = "", pid: int = 0) -> None:
         """Told before the data are loaded; these tests look at what follows."""
@@ -46,8 +47,9 @@ class FakeStudy:
         self.calls += [("push", result.key) for result in results]
         self.pushes.append(len(results))
 
-    def progress(self, worker: str, key: str) -> None:
-        self.calls.append(("progress", key))
+    def progress(self, worker: str, keys: Sequence[str], waiting: Sequence[str] = ()) -> None:
+        self.calls.append(("progress", *keys))
+        self.waiting.append(list(waiting))
 
     def fetch(self, ref: str) -> bytes:
         self.calls.append(("fetch", ref))
@@ -325,6 +327,46 @@ def test_long_leases_ask_for_fewer_signs_of_life(clock: Clock) -> None:
     assert signs(study) == 10
 
 
+def test_jobs_that_wait_for_another_are_kept_by_its_signs_of_life(clock: Clock) -> None:
+    study = FakeStudy([Assignment(jobs=(probe(1), probe(2), probe(3)))])
+    Worker("w", study, lambda: TalkingExecutor(clock, 2.0, 1)).run()
+    assert [call[1:] for call in study.calls if call[0] == "progress"] == [("probe/1",), ("probe/2",), ("probe/3",)]
+    assert study.waiting == [["probe/2", "probe/3"], ["probe/3"], []]
+
+
+def test_job_whose_result_is_untold_is_kept_while_the_next_takes_long(clock: Clock) -> None:
+    class Slower(TimedExecutor):
+        def run(
+            self, jobs: Sequence[Job], fetch: Callable[[str], bytes], progress: Callable[[str, int], None]
+        ) -> Iterator[Result]:
+            for job, seconds in zip(jobs, (BATCH_S / 2, 100.0), strict=True):
+                self._clock.now += seconds
+                progress(job.key, 0)
+                yield Result(key=job.key)
+
+    study = FakeStudy([Assignment(jobs=(probe(1), probe(2)))])
+    Worker("w", study, lambda: Slower(clock)).run()
+    assert [call for call in study.calls if call[0] == "progress"] == [("progress", "probe/1", "probe/2")]
+
+
+def test_jobs_of_one_program_are_told_in_one_call(clock: Clock) -> None:
+    class Program(TimedExecutor):
+        def run(
+            self, jobs: Sequence[Job], fetch: Callable[[str], bytes], progress: Callable[[str, int], None]
+        ) -> Iterator[Result]:
+            for epoch in range(1, 4):
+                self._clock.now += self.job_s
+                for job in jobs:
+                    progress(job.key, epoch)
+            yield from (Result(key=job.key) for job in jobs)
+
+    study = FakeStudy([Assignment(jobs=(probe(1), probe(2)))])
+    Worker("w", study, lambda: Program(clock)).run()
+    told = [call[1:] for call in study.calls if call[0] == "progress"]
+    assert told == [("probe/1",), ("probe/1", "probe/2"), ("probe/1", "probe/2")]
+    assert study.waiting == [["probe/2"], [], []]
+
+
 def test_alarm_is_set_anew_by_each_sign_of_life_and_off_while_the_worker_waits(clock: Clock) -> None:
     alarm = FakeAlarm()
 
@@ -446,6 +488,16 @@ def test_free_lanes_are_filled_after_what_is_done_was_told(clock: Clock) -> None
         ("pull", 1),  # nothing was asked ahead, and one job is asked for however short they are
         ("pull", 1),
     ]
+
+
+def test_job_that_is_at_hand_already_is_not_begun_again(clock: Clock) -> None:
+    study = FakeStudy(
+        [Assignment(jobs=(probe(1), probe(2)))],
+        beside=[Assignment(jobs=(probe(2), probe(3))), Assignment(jobs=(probe(3),))],
+    )
+    executor = LaneExecutor(clock)
+    Worker("w", study, lambda: executor).run()
+    assert [call[1] for call in study.calls if call[0] == "push"] == ["probe/1", "probe/2", "probe/3"]
 
 
 def test_worn_executor_gets_no_more_lanes_and_makes_room(clock: Clock) -> None:

@@ -12,6 +12,7 @@ from hpsearch.budget import size_text
 from hpsearch.cli.output import counted, is_terminal, number, say
 from hpsearch.errors import UserCodeError
 from hpsearch.events import (
+    Confirmed,
     Damaged,
     DataSeen,
     Evaluated,
@@ -101,6 +102,8 @@ class Display:
                 self._preflight()
             case Evaluated() as found:
                 say(_folds_line(found))
+            case Confirmed(standings=(first, *others)):
+                say(f"confirm: trial {first['trial']} is first of {1 + len(others)} by the mean of its fresh seeds")
             case StageEnded(stage="search", reason=reason):
                 told = [self._progress(), f"(ended by {reason})" if reason else ""]
                 say(f"search: {' '.join(part for part in told if part)}")
@@ -209,6 +212,8 @@ class Display:
 
 def _folds_line(found: Evaluated) -> str:
     """`evaluate: trial 3 is first of 8 by 5 folds; 4 were given up before the last`"""
+    if found.reason and not found.standings:
+        return f"warning[evaluate]: ended by {found.reason}, with too few folds to tell; the search's own order stands"
     if not found.standings:
         return "warning[evaluate]: none of the best trials came through its folds; the search's own order stands"
     n_given_up = sum(row["chance"] is None for row in found.standings)

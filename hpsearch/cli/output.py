@@ -11,6 +11,21 @@ from pathlib import Path
 
 import click
 
+from hpsearch.number_text import interval, number
+
+__all__ = [
+    "counted",
+    "interval",
+    "is_terminal",
+    "json_option",
+    "number",
+    "print_json",
+    "report_error",
+    "say",
+    "table",
+    "tool",
+]
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 """The flag that every verb has."""
 
@@ -46,21 +61,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def number(value: object) -> str:
-    """A number as people read it: four significant digits, exponents only where they help.
-
-    >>> [number(v) for v in (0.0273, 0.0081, 4.6e-6, 64, None, float("nan"))]
-    ['0.0273', '0.0081', '4.6e-06', '64', '–', 'nan']
-    """
-    if value is None:
-        return "–"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    if isinstance(value, int):
-        return str(value)
-    return f"{value:.4g}"
-
-
 def counted(n: int, noun: str) -> str:
     """A number with its noun.
 
@@ -68,13 +68,6 @@ def counted(n: int, noun: str) -> str:
     ('1 trial', '1,728 epochs', '2 branches')
     """
     return f"{n:,} {noun}" + ("" if n == 1 else "es" if noun == "branch" else "s")
-
-
-def interval(value: object, bounds: object) -> str:
-    """A figure with its interval, where there is one: `0.975 [0.953, 0.987]`."""
-    if not isinstance(bounds, Mapping) or bounds.get("low") is None:
-        return number(value)
-    return f"{number(value)} [{number(bounds['low'])}, {number(bounds['high'])}]"
 
 
 def tool(name: str) -> str:

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 from pathlib import Path
 
 import click
 
 from hpsearch.blobs import BlobStore
-from hpsearch.cli.output import counted, interval, json_option, number, print_json, say, table
+from hpsearch.cli.output import counted, json_option, number, print_json, say, table
 from hpsearch.errors import UsageError
 from hpsearch.events import Returned
 from hpsearch.journal import is_locked, read_journal
 from hpsearch.notes import add_note
 from hpsearch.parsimony import AsGood, as_good, measured_error, read_within, row_scores_of, sized
+from hpsearch.sentences import own_config_lines, training_line, winner_line
 from hpsearch.space_diagnosis import findings, reference
 from hpsearch.spec import Spec
 from hpsearch.state import StudyState
-from hpsearch.trial import TrialState
-from hpsearch.verdict import diagnosis, epochs, lr_ranges, own_config, space_remarks, trial_counts, val_metrics
+from hpsearch.trial import TrialRecord, TrialState
+from hpsearch.verdict import (
+    chosen,
+    diagnosis,
+    epochs,
+    lanes,
+    lr_ranges,
+    own_config,
+    space_remarks,
+    trial_counts,
+    val_metrics,
+)
 from hpsearch.verdict import top as ranking
+from hpsearch.winner import Winner, winner
 
 RUN = click.Path(path_type=Path)
 there_option = click.option("--address", default=None, help="Of a study that was submitted there: http://head:8265.")
@@ -55,7 +66,7 @@ def status(run: Path, address: str | None, as_json: bool) -> None:
         return
     state = state_of(run)
     going = is_locked(run)
-    best = state.best()
+    best = winner(state)
     word = "running" if going else state.ended.reason if state.ended else "killed"
     counts = trial_counts(state)
     summary = {
@@ -66,8 +77,10 @@ def status(run: Path, address: str | None, as_json: bool) -> None:
         "trials": counts,
         "running": sum(1 for trial in state.trials.values() if trial.state is TrialState.RUNNING) if going else 0,
         "epochs": epochs(state),
+        "lanes": lanes(state),
+        "precision": str(state.opened.spec.get("precision", "float32")) if state.opened is not None else None,
         "lr_range": lr_ranges(state),
-        "best": None if best is None else {"trial": best.number, "epoch": best.best_epoch, "val": val_metrics(best)},
+        "best": None if best is None else _best(state.trials[best.trial]) | {"chosen": chosen(state)},
         "baseline": own_config(state),
         "diagnosis": diagnosis(state),
         "message": state.ended.message if state.ended else "",
@@ -77,15 +90,38 @@ def status(run: Path, address: str | None, as_json: bool) -> None:
         return
     click.echo(f"{state.name}: {word}" + (f", in stage {state.stage}" if going and state.stage else ""))
     click.echo(counts_line(state))
+    if training_line(state):
+        click.echo(training_line(state))
     if best is not None:
-        figures = ", ".join(f"val_{name} {number(value)}" for name, value in val_metrics(best).items())
-        click.echo(f"best so far: trial {best.number} at epoch {best.best_epoch}: {figures}")
+        click.echo(best_text(state, best))
     for line in own_config_lines(state) + remark_lines(state):
         click.echo(line)
     if state.ended and state.ended.message:
         click.echo(state.ended.message)
     if not going and not state.done:
         click.echo(f"go on: hpsearch launch SPACE --run-dir {run} --resume")
+
+
+def best_text(state: StudyState, best: Winner) -> str:
+    """Who is the best, with the figures of its best epoch; how it was chosen, and who is the best by the search alone.
+
+    As long as the study goes on, that is who is the best so far.
+    """
+    told = [_figures(state.trials[best.trial])]
+    if best.final or best.by != "search":
+        told.append(f"  {best.rule}")
+    if best.searched != best.trial:
+        told.append(f"  by the search alone: {_figures(state.trials[best.searched])}")
+    return ("best " if best.final else "best so far: ") + "\n".join(told)
+
+
+def _figures(trial: TrialRecord) -> str:
+    figures = ", ".join(f"val_{name} {number(value)}" for name, value in val_metrics(trial).items())
+    return f"trial {trial.number} at epoch {trial.best_epoch}: {figures}"
+
+
+def _best(trial: TrialRecord) -> dict[str, object]:
+    return {"trial": trial.number, "epoch": trial.best_epoch, "val": val_metrics(trial)}
 
 
 @click.command("top")
@@ -100,7 +136,7 @@ def status(run: Path, address: str | None, as_json: bool) -> None:
 @there_option
 @json_option
 def top(run: Path, k: int, smallest_within: str | None, address: str | None, as_json: bool) -> None:
-    """The ranking of RUN's trials, by the best epoch of each."""
+    """The ranking of RUN's trials by the search alone: by the best epoch of each; the winner is marked."""
     times = read_within(smallest_within) if smallest_within is not None else None
     if address is not None:
         from hpsearch.cli.remote import ask_there
@@ -116,6 +152,9 @@ def top(run: Path, k: int, smallest_within: str | None, address: str | None, as_
         print_json({"trials": rows})
         return
     click.echo(top_table(state, k))
+    known = winner(state)
+    if known is not None and known.final and known.trial != known.searched:
+        click.echo(f"ranked by the search alone; {winner_line(state)}")
     click.echo(counts_line(state))
     for line in remark_lines(state):
         click.echo(line)
@@ -134,11 +173,19 @@ def top_table(state: StudyState, k: int) -> str:
     for rank, trial in enumerate(trials, start=1):
         value = trial.best_metrics.get(metric)
         epoch = trial.best_epoch if trial.best_epoch is not None else trial.epoch
-        name_of = f"{trial.number} (baseline)" if trial.baseline else str(trial.number)
+        name_of = _marked(state, trial.number)
         cells = [number(trial.config.get(name, "")) if name in trial.config else "" for name in shown]
         said = ", ".join(found.finding for found in findings(trial, known) if not trial.diverged)
         rows.append([str(rank), name_of, str(trial.state), number(value), str(epoch), *cells, said])
     return table(["rank", "trial", "state", metric, "epoch", *shown, "diagnosis"], rows)
+
+
+def _marked(state: StudyState, number: int) -> str:
+    """`24 (baseline)`, `4 (winner)`: what a ranking by the search does not tell of a trial."""
+    best = winner(state)
+    marks = ["baseline"] if state.trials[number].baseline else []
+    marks += ["winner"] if best is not None and best.final and best.trial == number else []
+    return f"{number} ({', '.join(marks)})" if marks else str(number)
 
 
 def _smallest(run: Path, state: StudyState, k: int, times: float, within: str, *, as_json: bool) -> None:
@@ -174,10 +221,16 @@ def _smallest(run: Path, state: StudyState, k: int, times: float, within: str, *
     metric = spec.metric.name
     click.echo(_smallest_table(state, spec, found, k, sign))
     bound = "at most" if spec.metric.goal == "minimize" else "at least"
+    known = winner(state)
+    other = known is not None and known.final and known.trial != best
     click.echo(
         f"{len(found.trials)} of {len(trials)} trials have {metric} {bound} {number(sign * found.threshold)}: "
-        f"within {within} of trial {best}'s {number(sign * found.best.score)} (1se is {number(error)})"
+        f"within {within} of {'the searched best, ' if other else ''}trial {best}'s {number(sign * found.best.score)} "
+        f"(1se is {number(error)})"
     )
+    if known is not None and other:
+        within_it = any(each.trial == known.trial for each in found.trials)
+        click.echo(f"the winner, trial {known.trial}, is {'one' if within_it else 'none'} of them: {known.rule}")
 
 
 def _smallest_table(state: StudyState, spec: Spec, found: AsGood, k: int, sign: float) -> str:
@@ -188,7 +241,7 @@ def _smallest_table(state: StudyState, spec: Spec, found: AsGood, k: int, sign: 
     rows = [
         [
             f"{each.n_parameters:,}",
-            str(each.trial),
+            _marked(state, each.trial),
             str(state.trials[each.trial].state),
             number(sign * each.score),
             str(state.trials[each.trial].best_epoch),
@@ -217,27 +270,6 @@ def _unknown_error(state: StudyState, spec: Spec, best: int) -> UsageError:
         f"{what} before stage {stages[0]} has ended",
         hint="wait for it, or go on with hpsearch launch --resume",
     )
-
-
-def own_config_lines(state: StudyState) -> list[str]:
-    """`your baseline config: trial 64, rank 12 of 65, complete; the winner, trial 3, is better: …`; nothing without."""
-    own = own_config(state)
-    if own is None:
-        return []
-    told = f"your baseline config: trial {own['trial']}, rank {own['rank']} of {own['of']}, {own['state']}"
-    gain = own["gain"]
-    if state.selected is not None and state.selected.best == own["trial"]:
-        return [f"{told}: it is the winner"]
-    if state.selected is None or not isinstance(gain, Mapping):
-        return [told]
-    word = {True: "better", False: "worse"}.get(gain["better"])
-    by = f"{gain['split']} {gain['metric']} differs by {interval(gain['value'], gain)}"
-    winner = f"the winner, trial {state.selected.best}"
-    if gain["low"] is None:
-        return [f"{told}; {winner}: {by}; too few rows for an interval, so undecided"]
-    if word is None:
-        return [f"{told}; {winner}: {by}: no difference that {gain['n_rows']:,} rows can show"]
-    return [f"{told}; {winner}, is {word}: {by}"]
 
 
 def remark_lines(state: StudyState) -> list[str]:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hpsearch.cli.output import interval, number, table, tool
-from hpsearch.cli.run_verbs import counts_line, own_config_lines, remark_lines
+from hpsearch.cli.run_verbs import counts_line, remark_lines
+from hpsearch.events import Confirmed, Evaluated
+from hpsearch.sentences import (
+    baseline_lines,
+    ensemble_line,
+    gain_line,
+    own_config_lines,
+    training_line,
+    winner_line,
+)
 from hpsearch.state import StudyState
 from hpsearch.tracker.outbox import redact
 from hpsearch.verdict import baselines
+from hpsearch.winner import ranking_mean
 
 if TYPE_CHECKING:
     from hpsearch.tracker import SyncReport
@@ -23,18 +33,22 @@ def verdict_text(
     best, ensemble = _mapping(outcome["best"]), _mapping(outcome["ensemble"])
     span = "in all" if len(state.resumed_at) <= 1 else "of this launch"
     lines = [f"{outcome['study']}: {counts_line(state)} {outcome['wall_s']} s {span}.", ""]
+    if training_line(state):
+        lines.insert(1, training_line(state))
     lines.append(_scores(best, ensemble))
     if best:
         config = ", ".join(f"{k}={number(v)}" for k, v in _mapping(best["config"]).items())
-        lines.append(f"trial {best['trial']}, epoch {best['epoch']}: {config}")
+        whose = "" if state.metric == "val_loss" else f" (its best {state.metric})"
+        lines.append(f"trial {best['trial']}, epoch {best['epoch']}{whose}: {config}")
+        lines.append(winner_line(state))
     members = ensemble.get("members")
     if isinstance(members, list) and len(members) > 1:
         told = ", ".join(f"trial {m['trial']} × {m['weight']:.2f}" for m in members)
         lines.append(f"ensemble: {told}")
-    if isinstance(members, list) and len(members) == 1:
-        lines.append(f"the ensemble is trial {members[0]['trial']} alone: no other checkpoint improved it")
+    if ensemble_line(state):
+        lines.append(ensemble_line(state))
     if not isinstance(members, list) or _differs(members, best):
-        lines.append(_gain_line(_mapping(ensemble.get("gain"))))
+        lines.append(gain_line(state, _mapping(ensemble.get("gain"))))
     lines += _evaluated_lines(state)
     lines += _confirmed_lines(state)
     lines += _baseline_lines(state)
@@ -94,18 +108,6 @@ def _differs(members: list[dict[str, object]], best: Mapping[str, object]) -> bo
     return [member["trial"] for member in members] != [best.get("trial")]
 
 
-def _gain_line(gain: Mapping[str, object]) -> str:
-    if gain.get("value") is None:
-        return "The ensemble was not compared on a test split."
-    if gain.get("low") is None:
-        told = f"{number(gain['value'])}; too few rows for an interval, so undecided"
-        return f"ensemble − best trial, test {gain['metric']}: {told}"
-    word = {True: "better", False: "worse", None: "no difference that this test split can show"}
-    better = gain.get("better")
-    verdict = word[better if isinstance(better, bool) else None]
-    return f"ensemble − best trial, test {gain['metric']}: {interval(gain['value'], gain)}: {verdict}"
-
-
 def _evaluated_lines(state: StudyState) -> list[str]:
     """What the folds say of the best few, and who was given up on the way."""
     found = state.evaluated
@@ -115,19 +117,52 @@ def _evaluated_lines(state: StudyState) -> list[str]:
         [
             f"trial {row['trial']}",
             number(row["searched"]),
-            interval(row["corrected"], row),
+            interval(row["mean"], row),
             str(row["epoch"]),
             f"{row['folds']} of {found.folds * found.repeats}",
             "given up" if row["chance"] is None else f"{float(str(row['chance'])):.0%}",
         ]
         for row in found.standings
     ]
-    header = ["cross-validated", "searched", "mean of folds", "epoch", "folds", "chance to be the best"]
+    metric, epoch = state.metric.removeprefix("val_"), "folds' epoch"
+    header = ["cross-validated", f"searched {metric}", f"mean {metric} of folds", epoch, "folds", "chance by folds"]
     lines = ["", *table(header, rows).splitlines()] if rows else []
+    if rows:
+        lines.append(_mean_note(found.standings[0], "corrected", len(rows)))
+    lines += _cut_short("cross-validation", found, "folds of each")
     if found.out:
         told = ", ".join(map(str, found.out))
         lines.append(f"note: out of the race, since training on some fold went wrong: trial {told}")
+        lines += [f"  {why}" for why in _faults(state, found.out)]
     return lines
+
+
+def _cut_short(what: str, found: Evaluated | Confirmed, of: str) -> list[str]:
+    """How a stage went that a budget ended; nothing of one that was not."""
+    if not found.reason:
+        return []
+    if found.standings:
+        return [f"note: {what} was ended by {found.reason}; the order is by what there was"]
+    return [f"note: {what} was ended by {found.reason}, with too few {of} to tell: the order before it stands"]
+
+
+def _mean_note(first: Mapping[str, object], corrected: str, n: int) -> str:
+    """How a table is ordered, and what the mean of whoever comes first is worth."""
+    told = "(ranked by the mean, with 95 % intervals"
+    if n > 1 and first[corrected] != ranking_mean(first):
+        told += f"; the first of {n} is flattered by being so: {number(first[corrected])} is expected of it"
+    return f"{told})"
+
+
+def _faults(state: StudyState, trials: Sequence[int]) -> list[str]:
+    """What went wrong on the folds of some trials, each message once, with the first trial that met it."""
+    first: dict[str, int] = {}
+    for trial in trials:
+        for key, run in state.results.items():
+            if key.startswith(f"fold/{trial}/") and run.outcome != "done":
+                first.setdefault(run.message, trial)
+                break
+    return [f"trial {trial}: {message}" for message, trial in first.items()]
 
 
 def _confirmed_lines(state: StudyState) -> list[str]:
@@ -138,15 +173,20 @@ def _confirmed_lines(state: StudyState) -> list[str]:
         [
             f"trial {row['trial']}",
             number(row["searched"]),
-            interval(row["confirmed"], {"low": row["low"], "high": row["high"]}),
+            interval(ranking_mean(row), row),
             number(row["optimism"]),
             str(row["seeds"]),
             f"{float(str(row['chance'])):.0%}",
         ]
         for row in state.confirmed.standings
     ]
-    header = ["confirmed", "searched", "fresh seeds, fresh rows", "optimism", "seeds", "chance to be the best"]
+    metric = state.metric.removeprefix("val_")
+    title = f"mean {metric} of seeds, fresh rows"
+    header = ["confirmed", f"searched {metric}", title, "optimism", "seeds", "chance by seeds"]
     lines = ["", *table(header, rows).splitlines()] if rows else []
+    if rows:
+        lines.append(_mean_note(state.confirmed.standings[0], "confirmed", len(rows)))
+    lines += _cut_short("confirmation", state.confirmed, "fresh seeds of each")
     if state.confirmed.out:
         told = ", ".join(map(str, state.confirmed.out))
         lines.append(f"note: out of the race, since a fresh run went wrong: trial {told}")
@@ -155,20 +195,7 @@ def _confirmed_lines(state: StudyState) -> list[str]:
 
 def _baseline_lines(state: StudyState) -> list[str]:
     """What the study is held against, on the split that tells."""
-    lines = []
-    for name, found in baselines(state).items():
-        if name == "gain" or not isinstance(found, Mapping):
-            continue
-        if "skipped" in found:
-            lines.append(f"baseline {name}: skipped: {found['skipped']}")
-            continue
-        split = next(key for key in ("test", "val", "given") if key in found)
-        figures = ", ".join(
-            f"{metric if split == 'given' else f'{split} {metric}'} {number(value)}"
-            for metric, value in _mapping(found[split]).items()
-        )
-        what = {"constant": "ignoring the inputs", "linear": "a linear model"}.get(name, name)
-        lines.append(f"baseline, {what}: {figures}")
+    lines = baseline_lines(state)
     over = _mapping(baselines(state).get("gain"))
     if over.get("better") is False:
         lines.append(

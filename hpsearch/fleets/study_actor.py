@@ -79,8 +79,8 @@ class StudyActor:
     def push(self, worker: str, results: Sequence[Result]) -> None:
         self._study.push(worker, results)
 
-    def progress(self, worker: str, key: str) -> None:
-        self._study.progress(worker, key)
+    def progress(self, worker: str, keys: Sequence[str], waiting: Sequence[str] = ()) -> None:
+        self._study.progress(worker, keys, waiting)
 
     def present(self, worker: str, keys: Sequence[str]) -> None:
         """A worker's answer to the roll call of a study that was restarted: these jobs are in its hands.
@@ -92,7 +92,7 @@ class StudyActor:
         for key in keys:
             if (worker, key) not in self._present:
                 self._present.add((worker, key))
-                self._study.progress(worker, key)
+                self._study.progress(worker, [key])
 
     def fetch(self, ref: str) -> bytes:
         return self._study.fetch(ref)
@@ -160,9 +160,9 @@ class ActorClient(LooksAhead):
         while self._unread:
             answer(self._unread.pop(0))
 
-    def progress(self, worker: str, key: str) -> None:
+    def progress(self, worker: str, keys: Sequence[str], waiting: Sequence[str] = ()) -> None:
         self._spoke_at = time.monotonic()
-        self._study.progress.remote(worker, key)
+        self._study.progress.remote(worker, keys, waiting)
 
     def answer_roll_calls(self, worker: str) -> None:
         """Say which jobs are in this worker's hands while nothing else is said of them; never returns.

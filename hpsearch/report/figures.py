@@ -25,15 +25,14 @@ from hpsearch.report.plots import (
     search_figure,
 )
 from hpsearch.rungs import rung_epochs
+from hpsearch.sentences import WHAT_BASELINE
 from hpsearch.spec import Spec
 from hpsearch.stages.lr_range import PROBE_STEPS, branch_key, losses_of
 from hpsearch.state import StudyState
 from hpsearch.verdict import measured_metrics
+from hpsearch.winner import winner
 
 Topic = Literal["lr-range", "search", "ensemble"]
-
-BASELINES = {"constant": "ignoring the inputs", "linear": "a linear model"}
-"""What the study measures itself, in words."""
 
 
 def figures(topic: Topic, state: StudyState, arrays: Arrays | None = None) -> Mapping[str, bytes]:
@@ -65,9 +64,14 @@ def drawn_from(topic: Topic, state: StudyState) -> str:
         case "search":
             lines = _baselines(state, Spec.from_dump(dict(state.opened.spec))) if state.opened is not None else []
             known = "".join(f" {line.label}={line.value:.6g}" for line in lines)
-            best = state.best()
+            best, named = state.best(), winner(state)
             rows = row_scores_of(state, best.number) if best is not None else None
             told = (f" rows of {rows}" if rows else "") + (" confirmed" if state.confirmed is not None else "")
+            told += (
+                f" winner {named.trial}"
+                if named is not None and best is not None and named.trial != best.number
+                else ""
+            )
             return f"{len(state.trials)}@{state.n_epochs}{known}{told}"
         case "ensemble":
             return f"{state.selected} {_constant(state, 'ensemble')}"
@@ -134,18 +138,27 @@ def _search(state: StudyState, spec: Spec, arrays: Arrays | None) -> dict[str, b
     if not any(curve.values for curve in curves):
         return {}
     lines = _baselines(state, spec)
+    found = winner(state)
+    best = None if found is None else found.trial
+    own = [trial.number for trial in state.trials.values() if trial.baseline]
     files = {
-        "learning_curves.png": learning_curves_figure(curves, metric=metric, goal=goal, rungs=rungs, baselines=lines)
+        "learning_curves.png": learning_curves_figure(
+            curves, metric=metric, goal=goal, rungs=rungs, baselines=lines, winner=best, own=own
+        )
     }
     names = dict.fromkeys(p.name for p in spec.space.searched)
     logs = {p.name for p in spec.space.searched if p.log}
     parameters = [ParameterPlot(name=name, log=name in logs) for name in names]
     if parameters:
-        files["search.png"] = search_figure(points, parameters, metric=metric, goal=goal, baselines=lines)
-    return files | _pareto(state, spec, arrays, lines)
+        files["search.png"] = search_figure(
+            points, parameters, metric=metric, goal=goal, baselines=lines, winner=best, own=own
+        )
+    return files | _pareto(state, spec, arrays, lines, best)
 
 
-def _pareto(state: StudyState, spec: Spec, arrays: Arrays | None, lines: Sequence[BaselineLine]) -> dict[str, bytes]:
+def _pareto(
+    state: StudyState, spec: Spec, arrays: Arrays | None, lines: Sequence[BaselineLine], best: int | None
+) -> dict[str, bytes]:
     """The metric against size; nothing where all trials are of one size."""
     metric, goal = spec.metric.name, spec.metric.goal
     points = [
@@ -170,6 +183,7 @@ def _pareto(state: StudyState, spec: Spec, arrays: Arrays | None, lines: Sequenc
         smallest=None if found is None else found.trials[0].trial,
         threshold=None if found is None else found.threshold * (1.0 if goal == "minimize" else -1.0),
         baselines=lines,
+        winner=best,
     )
     return {"pareto.png": figure}
 
@@ -191,7 +205,7 @@ def _baselines(state: StudyState, spec: Spec) -> list[BaselineLine]:
     """What the study's metric is held against on val, and what the user gave."""
     name = spec.metric.name
     found = []
-    for key, label in BASELINES.items() if name.startswith("val_") else ():
+    for key, label in WHAT_BASELINE.items() if name.startswith("val_") else ():
         value = _measured(state, key, "val").get(name.removeprefix("val_"))
         if value is not None:
             found.append(BaselineLine(label=label, value=value))
@@ -218,7 +232,7 @@ def _ensemble(state: StudyState) -> dict[str, bytes]:
     assert state.data is not None
     metric = "mean squared error" if state.data.outputs == "values" else "negative log likelihood (nats)"
     constant = _constant(state, "ensemble")
-    lines = [] if constant is None else [BaselineLine(label=BASELINES["constant"], value=constant)]
+    lines = [] if constant is None else [BaselineLine(label=WHAT_BASELINE["constant"], value=constant)]
     figure = ensemble_figure(
         selected.scores,
         best_round=best_round,

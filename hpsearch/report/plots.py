@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -41,6 +41,9 @@ BROWN = "#8B5E3C"  # of baselines, which no state has
 
 BASELINE_DASHES = ((0, (7, 3)), (0, (7, 2, 1, 2)), (0, (1, 2)), (0, (3, 2)), (0, (7, 2, 1, 2, 1, 2)))
 """Line styles of baselines, in the order in which they are given; a sixth begins anew."""
+
+FLAT = 1e-6
+"""Of the best single score: rounds of greedy selection that differ by less do not differ."""
 
 CURVES_SHARE = 0.6
 """An axis grows towards a baseline as long as the trials keep this share of its height."""
@@ -143,6 +146,8 @@ def learning_curves_figure(
     goal: Goal = "minimize",
     rungs: Sequence[int] = (),
     baselines: Sequence[BaselineLine] = (),
+    winner: int | None = None,
+    own: Collection[int] = (),
 ) -> bytes:
     """A metric against epochs, one line per trial in its state's colour; the best trial is named.
 
@@ -154,6 +159,8 @@ def learning_curves_figure(
         rungs: epochs at which trials were compared, drawn as dotted lines. With them the epochs are on a log scale,
             where rungs are evenly spaced and the many trials that ended early have room.
         baselines: what the metric is held against.
+        winner: the best trial, where more than this metric chose it; the best by the metric is then told as such.
+        own: trials of the user's own config.
     """
     figure, (panel,) = _panels(1, width=8.2, height=4.8, columns=1)
     finite = {
@@ -183,13 +190,18 @@ def learning_curves_figure(
         _mark_worst_edge(panel, epoch, colour, goal)
     _fit_y(panel, values, metric, goal)
     _draw_baselines(panel, baselines, goal)
-    if best is not None:
-        epochs, ys = zip(*finite[best], strict=True)
+    for trial in own:
+        if finite.get(trial):
+            epochs, ys = zip(*finite[trial], strict=True)
+            panel.plot(epochs, ys, color=BROWN, linewidth=1.8, linestyle=(0, (4, 2)), label=_own_label(trial))
+    for trial, marker, what in _named(best, winner if winner is not None and finite.get(winner) else None):
+        epochs, ys = zip(*finite[trial], strict=True)
         i = int(np.argmin(ys) if goal == "minimize" else np.argmax(ys))
-        panel.plot(epochs, ys, color=INK, linewidth=2.0)
-        panel.plot(epochs[i], ys[i], marker="*", markersize=13, color=INK, markeredgecolor="white", linestyle="none")
-        label = f"best: trial {best}, {_number(ys[i])} at epoch {epochs[i]}"
-        panel.plot([], [], color=INK, linewidth=2.0, marker="*", markersize=9, label=label)
+        width = 2.0 if marker == "*" else 1.2
+        panel.plot(epochs, ys, color=INK, linewidth=width)
+        panel.plot(epochs[i], ys[i], marker=marker, **_fill(marker), linestyle="none")
+        label = f"{what}: trial {trial}, {_number(ys[i])} at epoch {epochs[i]}"
+        panel.plot([], [], color=INK, linewidth=width, marker=marker, **_fill(marker), label=label)
     for state in [*STATE_COLOURS, *sorted(set(counts) - set(STATE_COLOURS))]:
         if state in counts:
             bad = state in BAD_STATES
@@ -238,16 +250,28 @@ def ensemble_figure(
     figure, (panel,) = _panels(1, width=6.6, height=4.2, columns=1)
     rounds = np.arange(1, len(scores) + 1)
     panel.axhline(single_score, color=RED, linestyle="--", linewidth=1.3, label=f"best single: {_number(single_score)}")
-    panel.plot(rounds[best_round - 1 :], scores[best_round - 1 :], "o-", color=GREY, markersize=3.5, linewidth=1.0)
-    panel.plot(rounds[:best_round], scores[:best_round], "o-", color=BLUE, markersize=4.5, label="picks that were kept")
-    if best_round < len(scores):
-        panel.plot([], [], "o-", color=GREY, markersize=3.5, linewidth=1.0, label="later picks, dropped")
+    flat = max(scores) - min(scores) <= FLAT * max(abs(single_score), 1e-12)
+    if best_round > 1 or not flat:
+        panel.plot(rounds[best_round - 1 :], scores[best_round - 1 :], "o-", color=GREY, markersize=3.5, linewidth=1.0)
+        panel.plot(
+            rounds[:best_round], scores[:best_round], "o-", color=BLUE, markersize=4.5, label="picks that were kept"
+        )
+        if best_round < len(scores):
+            panel.plot([], [], "o-", color=GREY, markersize=3.5, linewidth=1.0, label="later picks, dropped")
     best = scores[best_round - 1]
     star = f"kept: {_number(best)} after {best_round} pick{'s' if best_round > 1 else ''}"
     panel.plot(best_round, best, "*", color=INK, markersize=15, markeredgecolor="white", label=star, zorder=5)
     panel.set_xlim(0.5, max(len(scores), 2) + 0.5)
     panel.margins(y=0.12)
     panel.autoscale_view()
+    if flat:  # an axis of its own making would show noise of the last digits
+        room = 0.1 * (abs(single_score) or 1.0)
+        panel.set_ylim(single_score - room, single_score + room)
+    if best_round == 1 and len(scores) > 1:
+        panel.annotate(
+            f"no pick helped: {len(scores) - 1} more were tried", (0.5, 0.9), xycoords="axes fraction", ha="center",
+            fontsize=9, color=INK,
+        )  # fmt: skip
     _draw_baselines(panel, baselines, "minimize")
     _integer_ticks(panel)
     panel.set_xlabel("models averaged, repeats counted")
@@ -264,11 +288,17 @@ def search_figure(
     metric: str,
     goal: Goal = "minimize",
     baselines: Sequence[BaselineLine] = (),
+    winner: int | None = None,
+    own: Collection[int] = (),
 ) -> bytes:
     """The metric against each searched parameter, a panel each; trials without a metric are marked at the edge.
 
     Numeric parameters get a numeric axis, logarithmic where `log` says so; those of few values, and all others, a
     column per value, in which trials are spread sideways.
+
+    Args:
+        winner: the best trial, where more than this metric chose it; the best by the metric is then told as such.
+        own: trials of the user's own config, ringed.
 
     Raises:
         ValueError: no parameters.
@@ -279,8 +309,9 @@ def search_figure(
     measured = [(p, _drawable(p.value)) for p in points if p.value is not None and math.isfinite(p.value)]
     best = _best({p.trial: [value] for p, value in measured if p.state not in BAD_STATES}, goal)
     values = [value for _, value in measured]
+    named = _named(best, winner if winner in {p.trial for p, _ in measured} else None)
     for i, (panel, parameter) in enumerate(zip(panels, parameters, strict=True)):
-        _draw_parameter(panel, points, parameter, best, goal)
+        _draw_parameter(panel, points, parameter, named, own, goal)
         _fit_y(panel, values, metric if i % 3 == 0 else "", goal, note=i == 0)
         _draw_baselines(panel, baselines, goal, note=i == 0)
     _shared_legend(figure, panels)
@@ -296,6 +327,7 @@ def pareto_figure(
     smallest: int | None = None,
     threshold: float | None = None,
     baselines: Sequence[BaselineLine] = (),
+    winner: int | None = None,
 ) -> bytes:
     """The metric against the number of parameters, one point per trial; those that none beats are joined.
 
@@ -305,6 +337,7 @@ def pareto_figure(
         smallest: the smallest trial that is as good as the best; None where that is not known.
         threshold: the value that it had to reach: one standard error from the best.
         baselines: what the metric is held against.
+        winner: the best trial, where more than this metric chose it; the best by the metric is then told as such.
 
     Raises:
         ValueError: no points, or a trial of the front, or the smallest, that is none of them or has no finite value.
@@ -333,10 +366,9 @@ def pareto_figure(
         panel.plot(front_xs, front_ys, "o", color="none", markeredgecolor=INK, markersize=9, markeredgewidth=1.2)
         label = "no smaller one is better"
         panel.plot([], [], "o-", color=INK, markerfacecolor="none", markersize=8, linewidth=1.4, label=label)
-        label = f"best: trial {front[-1]}, {_number(front_ys[-1])}"
-        panel.plot(
-            front_xs[-1], front_ys[-1], "*", color=INK, markersize=14, markeredgecolor="white", zorder=5, label=label
-        )
+        for trial, marker, what in _named(front[-1], winner if winner in ys else None):
+            label = f"{what}: trial {trial}, {_number(ys[trial])}"
+            panel.plot(xs[trial], ys[trial], marker, **_fill(marker), zorder=5, label=label)
     if threshold is not None:
         panel.axhline(_drawable(threshold), color=GREEN, linewidth=1.0, zorder=0.6, label="one standard error")
     if smallest is not None:
@@ -403,7 +435,12 @@ def _branch_title(branch: LrRangePlot) -> str:
 
 
 def _draw_parameter(
-    panel: Axes, points: Sequence[SearchPoint], parameter: ParameterPlot, best: int | None, goal: Goal
+    panel: Axes,
+    points: Sequence[SearchPoint],
+    parameter: ParameterPlot,
+    named: Sequence[tuple[int, str, str]],
+    own: Collection[int],
+    goal: Goal,
 ) -> None:
     active = [p for p in points if parameter.name in p.config]
     found = [p.config[parameter.name] for p in active]
@@ -422,19 +459,27 @@ def _draw_parameter(
         places = [names.index(str(v)) + _jitter(p.trial) for p, v in zip(active, found, strict=True)]
         panel.set_xticks(range(len(names)), [_short(name) for name in names], rotation=25 if len(names) > 4 else 0)
         panel.set_xlim(-0.6, max(len(names), 1) - 0.4)
+    marks = {trial: (marker, what) for trial, marker, what in named}
     # Stopped trials first, the best one last and on top.
-    order = sorted(range(len(active)), key=lambda i: (active[i].trial == best, active[i].state == "complete", i))
+    order = sorted(range(len(active)), key=lambda i: (active[i].trial in marks, active[i].state == "complete", i))
     for i in order:
         point, x = active[i], places[i]
         colour = STATE_COLOURS.get(point.state, INK)
         y = math.nan if point.value is None else _drawable(point.value)
         if math.isnan(y):
             _mark_worst_edge(panel, x, colour, goal, label=f"{point.state}, no value")
-        elif point.trial == best:
-            label = f"best: trial {best}, {_number(y)}"
-            panel.plot(x, y, "*", color=INK, markersize=14, markeredgecolor="white", zorder=5, label=label)
-        else:
+        elif point.trial in marks:
+            marker, what = marks[point.trial]
+            label = f"{what}: trial {point.trial}, {_number(y)}"
+            panel.plot(x, y, marker, **_fill(marker), zorder=5, label=label)
+        if point.trial not in marks and not math.isnan(y):
             panel.plot(x, y, "o", color=colour, markersize=5, markeredgewidth=0, alpha=0.8, label=point.state)
+        if point.trial in own and not math.isnan(y):
+            label = _own_label(point.trial)
+            panel.plot(
+                x, y, "o", color="none", markeredgecolor=BROWN, markeredgewidth=1.8, markersize=11, zorder=6,
+                label=label, linestyle="none",
+            )  # fmt: skip
     panel.set_xlabel(f"{parameter.name} (log scale)" if panel.get_xscale() == "log" else parameter.name)
 
 
@@ -482,8 +527,8 @@ def _legend_width(labels: Sequence[str], columns: int) -> float:
 
 def _legend_rank(label: str) -> int:
     """The best trial, then states in their usual order, then all others as they came."""
-    if label.startswith("best: "):
-        return -1
+    if label.startswith(("best: ", "searched best: ")):
+        return -2 + label.startswith("searched")
     ranks = {state: i for i, state in enumerate(STATE_COLOURS)}
     return next((ranks[word] for word in label.replace(",", "").split() if word in ranks), len(ranks))
 
@@ -589,6 +634,29 @@ def _best(values: Mapping[int, Sequence[float]], goal: Goal) -> int | None:
     sign = 1.0 if goal == "minimize" else -1.0
     scored = {trial: min(sign * v for v in vs) for trial, vs in values.items() if vs}
     return min(scored, key=lambda trial: (scored[trial], trial), default=None)
+
+
+def _named(best: int | None, winner: int | None) -> list[tuple[int, str, str]]:
+    """The trials that a figure names, each with its marker and what it is; the winner last and on top.
+
+    Args:
+        best: by the figure's metric.
+        winner: by all that is known; None: `best`.
+    """
+    if winner is None or winner == best:
+        return [] if best is None else [(best, "*", "best")]
+    return [*([] if best is None else [(best, "s", "searched best")]), (winner, "*", "best")]
+
+
+def _fill(marker: str) -> dict[str, Any]:
+    """A full star, and a hollow square."""
+    if marker == "*":
+        return {"markerfacecolor": INK, "markeredgecolor": "white", "markersize": 14}
+    return {"markerfacecolor": "none", "markeredgecolor": INK, "markeredgewidth": 1.6, "markersize": 10}
+
+
+def _own_label(trial: int) -> str:
+    return f"your baseline config: trial {trial}"
 
 
 def _drawable(value: float) -> float:

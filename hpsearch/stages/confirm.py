@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Literal
 from hpsearch.events import Confirmed, Evaluated, Event, Finished
 from hpsearch.intervals import mean_interval
 from hpsearch.job import ConfirmJob, Job
-from hpsearch.racing import Standing, next_run, standings
+from hpsearch.metric_names import clipped
+from hpsearch.racing import FEWEST_SEEDS, Standing, next_run, standings
 from hpsearch.sampler import derived_seed
 from hpsearch.stages import may_reorder
 from hpsearch.state import StudyState
@@ -51,6 +52,11 @@ class Confirm:
         self._state = state
         self._arrays = arrays
         self._best: list[TrialRecord] | None = None  # as of the last event that could change it
+        self._spent = ""
+
+    def end_budget(self, spent: str) -> None:
+        """Give out no further runs: those under way may end, then the order is by the runs that there are."""
+        self._spent = spent
 
     def apply(self, event: Event) -> None:
         if may_reorder(event) or isinstance(event, Evaluated):
@@ -60,31 +66,37 @@ class Confirm:
         """A run lives in no worker's memory: it is trained from its start again."""
 
     def next_job(self, worker: str) -> Job | None:
-        if self._confirmed():
-            return None
-        run = next_run(
-            self._scores(),
-            self._under_way(),
-            candidates=[trial.number for trial in self._candidates()],
-            n_seeds=self._settings.seeds,
-            seed=self._settings.study_seed,
-        )
+        run = None if self._confirmed() or self._spent else self._next_run()
         if run is None:
             return None
         number, index = run
         return self._job(self._state.trials[number], self._free_index(number, index))
 
     def conclude(self) -> list[Event]:
-        if self._confirmed() or not self._candidates() or self._under_way() or self.next_job("") is not None:
+        if self._confirmed() or not self._candidates() or self._under_way():
+            return []
+        cut_short = self._next_run() is not None
+        if cut_short and not self._spent:
             return []
         scores = self._scores()
-        table = standings(scores, seed=self._settings.study_seed)
+        too_few = any(len(runs) < min(FEWEST_SEEDS, self._settings.seeds) for runs in scores.values())
+        table = () if too_few else standings(scores, seed=self._settings.study_seed)
         rows = [self._row(standing) for standing in table]
         out = [trial.number for trial in self._best or () if trial not in self._candidates()]
-        return [Confirmed(epoch_of_search=self._state.n_epochs, standings=tuple(rows), out=tuple(out))]
+        reason = self._spent if cut_short else ""
+        return [Confirmed(epoch_of_search=self._state.n_epochs, standings=tuple(rows), out=tuple(out), reason=reason)]
 
     def finished(self) -> bool:
         return self._confirmed() or not self._candidates()
+
+    def _next_run(self) -> tuple[int, int] | None:
+        return next_run(
+            self._scores(),
+            self._under_way(),
+            candidates=[trial.number for trial in self._candidates()],
+            n_seeds=self._settings.seeds,
+            seed=self._settings.study_seed,
+        )
 
     def _confirmed(self) -> bool:
         return self._state.confirmed is not None
@@ -96,10 +108,12 @@ class Confirm:
         return [trial for trial in self._best if all(self._is_sound(run) for run in self._runs(trial).values())]
 
     def _the_best(self) -> list[TrialRecord]:
-        """The first few: by folds where these were trained, else by the search's own score."""
-        if self._state.evaluated is None:
+        """The first few: by folds, without those that were given up there, else by the search's own score."""
+        evaluated = self._state.evaluated
+        if evaluated is None or not evaluated.standings:
             return self._state.candidates(self._settings.trials)
-        ranked = [self._state.trials[int(str(row["trial"]))] for row in self._state.evaluated.standings]
+        rows = [row for row in evaluated.standings if row["chance"] is not None]
+        ranked = [self._state.trials[int(str(row["trial"]))] for row in rows]
         return [trial for trial in ranked if trial.usable][: self._settings.trials]
 
     def _is_sound(self, run: Finished) -> bool:
@@ -168,6 +182,7 @@ class Confirm:
         return {
             "trial": standing.trial,
             "searched": searched,
+            "mean": sign * standing.mean,
             "confirmed": confirmed,
             "low": low,
             "high": high,
@@ -188,10 +203,9 @@ class Confirm:
             return None, None
         half = standing.corrected - standing.low
         centre = sign * standing.corrected
-        return (
-            centre - math.hypot(of_rows.value - of_rows.low, half),
-            centre + math.hypot(of_rows.high - of_rows.value, half),
-        )
+        low = centre - math.hypot(of_rows.value - of_rows.low, half)
+        high = centre + math.hypot(of_rows.high - of_rows.value, half)
+        return clipped(metric, low, seen=centre), clipped(metric, high, seen=centre)
 
 
 def confirm_key(trial: int, epochs: int, index: int) -> str:

@@ -38,6 +38,7 @@ class EnsembleSettings:
     goal: Literal["minimize", "maximize"]
     confirmed: int = 0  # trials of which fresh seeds or folds choose the best
     combine: bool  # False: `ensemble: {enabled: false}`, the best single trial alone is measured and packaged
+    cut: bool = True  # False: nothing of val was set aside, and the ensemble split is another name for it
 
 
 class EnsembleStage:
@@ -123,9 +124,14 @@ class EnsembleStage:
 
     def _own_jobs(self) -> list[EvaluateJob]:
         """What the trial of the user's own config is held against the best by, where there is no test split."""
-        if self._has_test() or not self._own():
+        if self._has_test() or self._best_was_chosen_by_these_rows() or not self._own():
             return []
         return [self._evaluate(model, "ensemble", keep=True) for model in (self._best(), *self._own())]
+
+    def _best_was_chosen_by_these_rows(self) -> bool:
+        """Whether the ensemble split chose the best single trial: the best of many noisy scores is better on its own
+        rows than on any others, so its lead there says nothing."""
+        return not self._settings.cut or bool(self._state.confirmed_order)
 
     def _val_jobs(self) -> list[EvaluateJob]:
         return [self._evaluate(self._members(), "val", keep=False)]
@@ -249,7 +255,7 @@ class EnsembleStage:
                 n_trials=self._settings.n_trials,
                 gain={},
                 over_baseline=self._over_baseline_untested(),
-                over_own=self._over_own("ensemble"),
+                over_own={} if self._best_was_chosen_by_these_rows() else self._over_own("ensemble"),
             )
         best, ensemble, *_ = (self._state.results[job.key] for job in self._test_jobs())
         if best.outcome != "done" or ensemble.outcome != "done":
@@ -266,6 +272,7 @@ class EnsembleStage:
             intervals={"best": _row_intervals(of_best, seed), "ensemble": _row_intervals(of_ensemble, seed)},
             over_baseline=self._over_baseline(of_ensemble, "test"),
             over_own=self._over_own("test"),
+            over_linear=self._over_linear(of_best, "test"),
         )
 
     def _over_own(self, split: SplitName) -> dict[str, object]:
@@ -283,20 +290,38 @@ class EnsembleStage:
         return {"trial": models[1][0][0].number, **told, "n_rows": len(best[metric])}
 
     def _over_baseline_untested(self) -> dict[str, object]:
-        """Without a test split the best single trial is held against the baseline, on the rows that chose the ensemble:
-        the trial itself was not chosen by them, unless nothing was set aside."""
+        """Without a test split the best single trial is held against the baseline, on the rows that chose the ensemble.
+        Where they chose the trial too, it may be told that it is no better, since they flatter it, but not that it is.
+        """
         (trial, _), *_ = self._best()
         result = self._state.results.get(evaluation_key("ensemble", [(trial.number, 1.0)]))
         if result is None or result.outcome != "done":
             return {}
-        return self._over_baseline(self._arrays(str(result.values["row_scores"])), "ensemble")
+        told = self._over_baseline(self._arrays(str(result.values["row_scores"])), "ensemble")
+        unknown = self._best_was_chosen_by_these_rows() and told.get("better") is True
+        return {**told, "better": None} if unknown else told
+
+    def _over_linear(self, rows: Mapping[str, np.ndarray], split: SplitName) -> dict[str, object]:
+        """A model against the linear one, row by row; empty where there is none."""
+        linear = self._baseline_rows("linear", split)
+        if not linear:
+            return {}
+        metric = self._settings.metric if self._settings.metric in rows and self._settings.metric in linear else "loss"
+        goal = self._settings.goal if metric == self._settings.metric else "minimize"
+        gain = paired_interval(rows[metric], linear[metric], seed=self._settings.study_seed)
+        told = {"metric": metric, **_numbers(gain), "better": better(gain, goal)}
+        return {**told, "split": split, "n_rows": len(rows[metric])}
+
+    def _baseline_rows(self, name: str, split: SplitName) -> Mapping[str, np.ndarray]:
+        """A baseline's scores of rows; empty where it was not measured there."""
+        result = self._state.results.get(f"baseline/{name}")
+        refs = result.values.get("row_scores") if result is not None and result.outcome == "done" else None
+        return self._arrays(str(refs[split])) if isinstance(refs, Mapping) and split in refs else {}
 
     def _over_baseline(self, rows: Mapping[str, np.ndarray], split: SplitName) -> dict[str, object]:
-        result = self._state.results.get("baseline/constant")
-        refs = result.values.get("row_scores") if result is not None and result.outcome == "done" else None
-        if not isinstance(refs, Mapping) or split not in refs:
+        constant = self._baseline_rows("constant", split)
+        if not constant:
             return {}
-        constant = self._arrays(str(refs[split]))
         metric = (
             self._settings.metric if self._settings.metric in rows and self._settings.metric in constant else "loss"
         )

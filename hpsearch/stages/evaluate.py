@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from hpsearch.errors import PreflightError
 from hpsearch.events import Evaluated, Event, Finished
-from hpsearch.fold_race import FoldStanding, fold_standings, wanted_folds
+from hpsearch.fold_race import FEWEST_ROWS, FoldStanding, fold_standings, wanted_folds
 from hpsearch.job import FoldJob, Job, fold_key
+from hpsearch.metric_names import clipped
 from hpsearch.sampler import derived_seed
 from hpsearch.stages import may_reorder
 from hpsearch.state import StudyState
@@ -28,6 +30,7 @@ class EvaluateSettings:
     folds: int
     repeats: int
     study_seed: int
+    metric: str  # the study's metric without its split
     goal: Literal["minimize", "maximize"]
 
     @property
@@ -45,6 +48,11 @@ class Evaluate:
         self._state = state
         self._best: list[TrialRecord] | None = None  # as of the last event that could change it
         self._wanted: tuple[tuple[int, int], ...] | None = None  # likewise
+        self._spent = ""
+
+    def end_budget(self, spent: str) -> None:
+        """Give out no further folds: those under way may end, then the order is by the folds that there are."""
+        self._spent = spent
 
     def apply(self, event: Event) -> None:
         if may_reorder(event):
@@ -55,14 +63,30 @@ class Evaluate:
     def lost(self, worker: str) -> None:
         """A run lives in no worker's memory: it is trained from its start again."""
 
+    def refusal(self) -> PreflightError | None:
+        """Why there can be no such folds, as soon as it is known how many rows there are."""
+        data = self._state.data
+        n_rows = 0 if data is None else data.n_rows.get("train", 0) + data.n_rows.get("val", 0)
+        if data is None or n_rows >= FEWEST_ROWS * self._settings.folds:
+            return None
+        most = n_rows // FEWEST_ROWS
+        return PreflightError(
+            f"evaluate asks for {self._settings.folds} folds, and train and val have {n_rows} rows together: a fold "
+            f"needs at least {FEWEST_ROWS}",
+            hint=f"write folds: {most}, or fewer, under `evaluate`" if most > 1 else "leave `evaluate` out",
+        )
+
     def next_job(self, worker: str) -> Job | None:
-        if self._state.evaluated is not None:
+        if self._state.evaluated is not None or self._spent:
             return None
         jobs = (self._job(self._state.trials[trial], fold) for trial, fold in self._next_folds())
         return next((job for job in jobs if job.key not in self._state.leases), None)
 
     def conclude(self) -> list[Event]:
-        if self._state.evaluated is not None or not self._searched_best() or self._next_folds():
+        if self._state.evaluated is not None or not self._searched_best():
+            return []
+        cut_short = bool(self._next_folds())
+        if cut_short and (not self._spent or any(key.startswith("fold/") for key in self._state.leases)):
             return []
         sound = self._sound()
         table = fold_standings(
@@ -79,6 +103,7 @@ class Evaluate:
                 repeats=self._settings.repeats,
                 standings=tuple(self._row(standing) for standing in table),
                 out=tuple(trial.number for trial in self._searched_best() if trial.number not in sound),
+                reason=self._spent if cut_short else "",
             )
         ]
 
@@ -142,12 +167,14 @@ class Evaluate:
         trial = self._state.trials[standing.trial]
         sign = 1.0 if self._settings.goal == "minimize" else -1.0
         assert trial.best_objective is not None
-        bounds = sorted(sign * bound for bound in (standing.low, standing.high) if bound is not None)
+        metric, mean = self._settings.metric, sign * standing.mean
+        ends = (sign * end for end in (standing.low, standing.high) if end is not None)
+        bounds = sorted(clipped(metric, end, seen=mean) for end in ends)
         return {
             "trial": standing.trial,
             "searched": sign * trial.best_objective,
-            "mean": sign * standing.mean,
-            "corrected": sign * standing.corrected,
+            "mean": mean,
+            "corrected": clipped(metric, sign * standing.corrected, seen=mean),
             "low": bounds[0] if bounds else None,
             "high": bounds[-1] if bounds else None,
             "epoch": standing.epoch,

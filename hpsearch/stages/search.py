@@ -208,7 +208,7 @@ class Search:
             trial,
             rung,
             objective,
-            n_trials=len(self._state.trials) + len(self._waiting) + max(0, self._sampled_below - self._next_number),
+            n_trials=len(self._state.trials.keys() | range(self._sampled_below)),
             end_game=max(0, self._settings.n_complete - self._n_complete),
         )
 

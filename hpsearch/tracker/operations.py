@@ -14,6 +14,7 @@ acknowledged that revision of that key, so the same function serves a launch tha
     ensemble/64        child run of the ensemble chosen among 64 trials, and its registered version; one that is chosen
                        again, after more epochs or by other settings, is another run and another version
     parent/result/64   test scores and gain
+    parent/lead/64     the best trial's lead over the user's own config
     parent/note        notes and verdict in words
     parent/status      how the study ended
 
@@ -22,6 +23,7 @@ Numbers are told in the user's own unit: what is minimised inside as -accuracy i
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -34,11 +36,14 @@ from typing import Literal
 from hpsearch.events import Selected, to_json
 from hpsearch.job import Config, EpochMetrics
 from hpsearch.notes import Note
+from hpsearch.number_text import number
 from hpsearch.report.figures import drawn_from
+from hpsearch.sentences import baseline_lines, ensemble_line, fold_words, gain_line, own_config_lines, seed_words
 from hpsearch.space_diagnosis import findings
 from hpsearch.state import StudyState
 from hpsearch.trial import TrialRecord, TrialState
 from hpsearch.verdict import baselines, measured_metrics, space_remarks
+from hpsearch.winner import winner
 
 RunStatus = Literal["RUNNING", "FINISHED", "KILLED", "FAILED"]
 Topic = Literal["lr-range", "search", "ensemble"]
@@ -208,6 +213,7 @@ def _all(
     if "ensemble" in state.ended_stages and state.selected is not None:
         yield _ensemble(state, state.selected)
         yield _result(state, state.selected)
+        yield from _lead(state, state.selected)
     text = note_text(state, notes)
     if text:
         yield UpdateStudy(
@@ -473,6 +479,8 @@ def _choice(state: StudyState, selected: Selected) -> str:
     To 6 digits: a study that grew measures its ensemble again, and a GPU's last bits make no other ensemble.
     """
     compared = state.compared
+    if compared is not None:
+        compared = dataclasses.replace(compared, over_own={}, over_linear={})  # they say nothing of what is registered
     trials = [number for number, _ in selected.members] + [selected.best]
     told = {
         "selected": to_json(selected),
@@ -498,13 +506,7 @@ def _result(state: StudyState, selected: Selected) -> UpdateStudy:
     points += _points("best/test_", measured_metrics(state, "test", best), time)
     compared = state.compared
     if compared is not None and compared.n_trials == selected.n_trials:
-        for what, gain in (("gain", compared.gain), ("lead_over_baseline", compared.over_own)):
-            metric = _name(str(gain.get("metric", "loss")))
-            for name, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
-                number = gain.get(name)
-                if isinstance(number, int | float):
-                    point = Point(name=f"{what}/{metric}{suffix}", value=float(number), step=0, time_ms=_ms(time))
-                    points.append(point)
+        points += _difference("gain", compared.gain, time)
     for name, measured in baselines(state).items():
         for split, metrics in _mapping(measured).items():
             points += _points(f"baseline/{name}/{split}_", _numbers(metrics), time)
@@ -527,24 +529,56 @@ def _result(state: StudyState, selected: Selected) -> UpdateStudy:
     )
 
 
+def _lead(state: StudyState, selected: Selected) -> Iterator[UpdateStudy]:
+    """Told by itself: a config of the user's that comes or goes makes no other ensemble, and nothing is said twice."""
+    over = state.compared.over_own if state.compared is not None else {}
+    own = state.own_trial
+    if own is not None and over.get("trial") == own.number:
+        time = state.began.get("ensemble", state.opened_at) + state.stage_s.get("ensemble", 0.0)
+        yield UpdateStudy(
+            key=f"parent/lead/{selected.n_trials}",
+            revision=_digest(json.dumps(_to_6_digits(over), sort_keys=True))[:8],
+            content=Content(points=tuple(_difference("lead_over_baseline", over, time))),
+        )
+
+
+def _difference(what: str, gain: Mapping[str, object], time: float) -> list[Point]:
+    """A difference of two models with its interval, as far as it is known."""
+    metric = _name(str(gain.get("metric", "loss")))
+    numbers = {suffix: gain.get(name) for name, suffix in (("value", ""), ("low", "_low"), ("high", "_high"))}
+    return [
+        Point(name=f"{what}/{metric}{suffix}", value=float(number), step=0, time_ms=_ms(time))
+        for suffix, number in numbers.items()
+        if isinstance(number, int | float)
+    ]
+
+
 # Words
 
 
 def note_text(state: StudyState, notes: Sequence[Note]) -> str:
     """The description of the study's run, in Markdown: verdict first, then the user's notes; "" without either."""
     lines: list[str] = []
-    best = state.best() if state.search_ended else None
-    if best is not None and best.best_objective is not None:
-        value = _sign(state) * best.best_objective
-        lines += [
-            f"**Best trial**: {best.number}, {_metric(state)[0]} {value:.4g} at epoch {best.best_epoch}.",
-            "",
-        ]
+    best = winner(state) if state.search_ended else None
+    if best is not None:
+        trial = state.trials[best.trial]
+        value = number(trial.best_metrics.get(state.metric))
+        told = f"{best.trial}, {state.metric} {value} at epoch {trial.best_epoch}: {best.rule}"
+        lines += [f"**Best trial**: {told}.", ""]
+    for title, words in (("Cross-validated", fold_words(state)), ("Confirmed with fresh seeds", seed_words(state))):
+        if words:
+            metric = state.metric.removeprefix("val_")
+            lines += [f"**{title}**, by the mean {metric}: {', '.join(words)}.", ""]
     selected = state.selected
     if selected is not None and "ensemble" in state.ended_stages:
         members = ", ".join(f"{trial} ({weight:.2g})" for trial, weight in selected.members)
-        lines += [f"**Ensemble**: trials {members}.", ""]
+        lines += [f"**Ensemble**: trials {members}.", ""] if len(selected.members) > 1 else []
+        alone = ensemble_line(state).removeprefix("the ensemble is ")
+        lines += [f"**Ensemble**: {alone}.", ""] if alone else []
         lines += _gain_words(state, selected)
+    held_against = [*baseline_lines(state), *own_config_lines(state)] if selected is not None else []
+    if held_against:
+        lines += ["**Held against**", "", *(f"- {line}" for line in held_against), ""]
     if state.ended is not None and state.ended.reason != "done":
         lines += [f"**Ended**: {state.ended.reason}. {state.ended.message}".rstrip(), ""]
     if notes:
@@ -556,13 +590,7 @@ def _gain_words(state: StudyState, selected: Selected) -> list[str]:
     compared = state.compared
     if compared is None or compared.n_trials != selected.n_trials or "value" not in compared.gain:
         return []
-    gain = compared.gain
-    verdict = {True: "better", False: "worse"}.get(gain.get("better"), "undecided")  # type: ignore[call-overload]
-    numbers = [gain.get(name) for name in ("value", "low", "high")]
-    value, low, high = (f"{n:+.4g}" if isinstance(n, int | float) else "unknown" for n in numbers)
-    interval = "" if "unknown" in (low, high) else f", 95 % interval {low} to {high}"
-    what = f"ensemble minus best single trial in {gain.get('metric')}"
-    return [f"**On the test split**, {what}: {value}{interval}: {verdict}.", ""]
+    return [f"**On the test split**: {gain_line(state, compared.gain)}.", ""]
 
 
 def _when(time: float) -> str:

@@ -130,7 +130,8 @@ def _fitted(
 
     if outputs == "values":
         ridge = Ridge(alpha=1.0).fit(x, target)
-        return lambda new: np.asarray(ridge.predict(new), dtype=np.float64)
+        # Targets of shape (N, 1) would come back as (N,), and be broadcast against the truth.
+        return lambda new: np.asarray(ridge.predict(new), dtype=np.float64).reshape(len(new), *target.shape[1:])
     if outputs == "binary_logits":
         labels = target.reshape(len(target), -1) > 0.5
         models = [None if len(np.unique(column)) < 2 else _logistic().fit(x, column) for column in labels.T]

@@ -51,7 +51,7 @@ from hpsearch.training.group import Group, InStep
 from hpsearch.training.lane_host import Lanes
 from hpsearch.training.lane_jobs import Interrupted
 from hpsearch.training.lanes import Predictor
-from hpsearch.training.loop import DefaultTraining, Training
+from hpsearch.training.loop import DefaultTraining, Training, read_settings
 from hpsearch.training.measure import split_output
 from hpsearch.training.measure_jobs import Measuring, metric_names
 from hpsearch.training.memory import MemoryGuard
@@ -200,7 +200,8 @@ class TorchExecutor:
         Args:
             jobs: of this study.
             fetch: gives a blob by its reference; what it raises is passed on, except that a blob is damaged or gone.
-            progress: told (job key, epochs behind the trial) after every epoch, and between batches once a second.
+            progress: told (job key, epochs behind the trial) after every epoch, and between batches once a second, of
+                the jobs that are worked on; others of this call wait for them.
             more: gives further jobs for free lanes; None: there are none.
         """
         waiting = deque(jobs)
@@ -209,7 +210,7 @@ class TorchExecutor:
                 job = waiting.popleft()
                 if more is None or not self.fills(job):
                     result = self._run(job, fetch, progress)
-                    self._lanes.trained_plainly(job, result.seconds)
+                    self._lanes.trained_plainly(job, result, self._n_steps_of)
                     yield result
                     continue
                 beside = [job, *(other for other in waiting if may_share(job, other))]
@@ -342,12 +343,18 @@ class TorchExecutor:
         if self._folds is None:
             self._folds = Folds(self._data, study_seed=self._study_seed)
         data = self._folds.without(job.fold, folds=job.folds, repeat=job.repeat)
-        with self._afresh(job, job.epochs, fetch, progress, best=NO_EPOCH, data=data) as (curve, _):
-            pass
+        missing = self._folds.missing_class(data, job.folds)
+        try:
+            with self._afresh(job, job.epochs, fetch, progress, best=NO_EPOCH, data=data) as (curve, _):
+                pass
+        except UserCodeError as error:
+            if missing:  # the likeliest cause of a metric that has no value, in the search's own splits it had one
+                error.message, error.hint = f"{error.message}; {missing}", "write fewer folds under `evaluate`"
+            raise
         values = {"n_rows": dict(data.info.n_rows)}
         if curve.diverged:
-            rows = tuple(curve.rows)
-            return Result(key=job.key, outcome="diverged", values=values, epochs=rows, message=curve.diverged)
+            rows, why = tuple(curve.rows), f"{curve.diverged}; {missing}" if missing else curve.diverged
+            return Result(key=job.key, outcome="diverged", values=values, epochs=rows, message=why)
         return Result(key=job.key, values=values, epochs=tuple(curve.rows))
 
     @contextmanager
@@ -457,6 +464,11 @@ class TorchExecutor:
         if len(self._live) > LIVE_FITS:
             self._live.popitem(last=False)[1].close()
 
+    def _n_steps_of(self, job: TrainJob) -> int:
+        """Optimizer steps of one of its epochs."""
+        n_train = self._data.n_rows("train")
+        return self._data.n_train_batches(read_settings(job.config, n_train=n_train).batch_size)
+
     def _objective(self, row: EpochMetrics) -> float:
         if self._metric not in row.metrics:
             raise unknown_metric(self._metric, list(row.metrics), self._data.info.outputs)
@@ -552,13 +564,8 @@ class _Plain:
         measuring, given, keep = self._executor._measuring(self._fetch), [(output, target)], job.keep_predictions
         return self._executor._outcome(job, lambda: measuring.measured(job.key, given, [1.0], job.split, keep=keep))
 
-    def alone(self, job: Job, waiting: Sequence[Job] = ()) -> Result:
-        def progress(key: str, epoch: int) -> None:
-            self._progress(key, epoch)
-            for other in waiting:
-                self._progress(other.key, 0)
-
-        return self._executor._run(job, self._fetch, progress)
+    def alone(self, job: Job) -> Result:
+        return self._executor._run(job, self._fetch, self._progress)
 
     def objective(self, row: EpochMetrics) -> float:
         return self._executor._objective(row)
@@ -574,8 +581,8 @@ class _Plain:
     def stopped(self) -> bool:
         return self._executor.should_stop is not None and self._executor.should_stop()
 
-    def result(self, job: TrainJob, curve: Curve, training: DefaultTraining, beside: Sequence[TrainJob]) -> Result:
-        with self.at_work([job, *beside]):
+    def result(self, job: TrainJob, curve: Curve, training: DefaultTraining) -> Result:
+        with self.at_work([job]):
             alive = self._executor._data.on_batch
             return self._executor._outcome(job, lambda: curve.result(job, training, alive))
 

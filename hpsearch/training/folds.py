@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from hpsearch.errors import UserCodeError
+from hpsearch.fold_race import FEWEST_ROWS
 from hpsearch.training.data import StudyData, epoch_seed
-from hpsearch.training.splits import Items, Rows, Split
-
-FEWEST_ROWS = 2  # of a fold
+from hpsearch.training.splits import Items, Rows, Split, as_example
 
 
 def fold_rows(targets: Tensor | None, n_rows: int, *, folds: int, repeat: int, seed: int) -> tuple[Tensor, ...]:
@@ -70,6 +69,21 @@ class Folds:
         cut.on_batch = self._alive
         return cut
 
+    def missing_class(self, held_out: StudyData, folds: int) -> str:
+        """Which class has no row in a fold, in words, the rarest of several; "" where none is missing, or nothing is
+        known of classes."""
+        pool, n_classes = self._pool, self._data.info.n_classes
+        if pool is None or n_classes is None or pool.y is None:
+            return ""
+        of_all = torch.bincount(pool.y.reshape(-1), minlength=n_classes).tolist()
+        of_fold = torch.bincount(held_out.targets("val").reshape(-1), minlength=n_classes).tolist()
+        missing = [number for number in range(n_classes) if of_all[number] and not of_fold[number]]
+        if not missing:
+            return ""
+        rarest = min(missing, key=lambda number: (of_all[number], number))
+        rows = f"{of_all[rarest]} row{'' if of_all[rarest] == 1 else 's'}"
+        return f"class {rarest} is not in this fold: train and val have {rows} of it, for {folds} folds"
+
     def _alive(self) -> None:
         if self._data.on_batch is not None:
             self._data.on_batch()
@@ -79,9 +93,24 @@ def _together(train: Split, val: Split) -> Split:
     """The rows of train, then those of val."""
     if isinstance(train, Rows) and isinstance(val, Rows):
         return replace(train, x=torch.cat([train.x, val.x]), y=torch.cat([train.y, val.y]))
-    both: ConcatDataset[Any] = ConcatDataset([_as_dataset(train), _as_dataset(val)])
     y = None if train.y is None or val.y is None else torch.cat([train.y, val.y])
-    return Items(dataset=both, example=train.example, y=y)
+    return Items(dataset=_Both(train, val), example=train.example, y=y)
+
+
+class _Both(Dataset[Any]):
+    """The items of two splits, as tensors: a batch cannot be made of what different Datasets give."""
+
+    def __init__(self, train: Split, val: Split) -> None:
+        self._parts = [_as_dataset(train), _as_dataset(val)]
+        self._n_train, self._n_rows = len(train), len(train) + len(val)
+
+    def __len__(self) -> int:
+        return self._n_rows
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        if row < self._n_train:
+            return as_example(self._parts[0][row], f"train[{row}]")
+        return as_example(self._parts[1][row - self._n_train], f"val[{row - self._n_train}]")
 
 
 def _as_dataset(split: Split) -> Dataset[Any]:

@@ -38,8 +38,8 @@ class Plain(Protocol):
     def measured(self, job: EvaluateJob, output: Tensor, target: Tensor) -> Result:
         """The job's result, once its model's output is there."""
 
-    def alone(self, job: Job, waiting: Sequence[Job] = ()) -> Result:
-        """The job's result without lanes, from its beginning; those that wait for it give signs of life with it."""
+    def alone(self, job: Job) -> Result:
+        """The job's result without lanes, from its beginning."""
 
     def at_work(self, jobs: Sequence[Job]) -> AbstractContextManager[None]:
         """The process as results depend on it; and every job tells between batches that it is alive."""
@@ -73,9 +73,7 @@ class EvaluationLanes:
         while waiting:
             results, alone = self._together(waiting, plain)
             yield from results
-            while alone:
-                job = alone.pop(0)
-                yield plain.alone(job, [*alone, *waiting])
+            yield from map(plain.alone, alone)
 
     def _together(self, waiting: deque[EvaluateJob], plain: Plain) -> tuple[list[Result], list[EvaluateJob]]:
         """Results of some of the waiting jobs, which are taken away, and those of them that are to be done alone."""

@@ -1,9 +1,8 @@
 """How an executor's jobs come into lanes: how many, by which route, and what of a trial is kept at hand.
 
 Measured once for each group of trials and kept: how many lanes pay, and how they are fused. A group that cannot be
-fused, or is not faster so, is trained by the plain loop from then on, and says why once. Measuring costs part of a
-second, so nothing is measured before a group has been trained for some seconds: most groups of a wide space never
-are.
+fused, or is not faster so, is trained by the plain loop from then on, and says why once. Measuring costs some tens of
+steps, so nothing is measured before a group has been trained for a while: most groups of a wide space never are.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -26,9 +25,11 @@ from hpsearch.training.lane_jobs import LaneJobs, Program
 from hpsearch.training.lanes import LaneGroup, LanesRefused, Route, best_width, can_fuse, find_route, fused_ramps
 from hpsearch.training.loop import DefaultTraining
 from hpsearch.training.outcome import Curve
-from hpsearch.training.user_code import is_out_of_memory
+from hpsearch.training.user_code import describe, is_out_of_memory
 
-MEASURE_AFTER_S = 4.0  # of a group's training by the plain loop: what measuring costs is a tenth of it, and less
+MEASURE_AFTER_TRIALS = 2  # of a group, trained by the plain loop: one that nobody follows needs no lanes
+MEASURE_AFTER_S = 0.3  # of their training: measuring takes 0.1 s of a small network, which lanes win back in 0.2 s
+MEASURE_AFTER_STEPS = 150  # of theirs: measuring takes some tens of steps of a large one
 MOST_RAMPS = 16  # at once, where nobody says how many lanes
 KEPT_SHARE = 0.25  # of a GPU's memory, for paused trials
 KEPT_BYTES_CPU = 256 << 20
@@ -46,8 +47,8 @@ class Plain(lane_evaluations.Plain, Protocol):
     def objective(self, row: EpochMetrics) -> float: ...
     def told(self, job: TrainJob, epoch: int) -> None: ...
     def stopped(self) -> bool: ...
-    def result(self, job: TrainJob, curve: Curve, training: DefaultTraining, beside: Sequence[TrainJob]) -> Result:
-        """What a job that is over has given; while checkpoints are packed, it and those beside it are at work."""
+    def result(self, job: TrainJob, curve: Curve, training: DefaultTraining) -> Result:
+        """What a job that is over has given; while checkpoints are packed, it is at work."""
 
     def remember(self, result: Result) -> None:
         """Keep the result's checkpoints, as bytes."""
@@ -59,8 +60,32 @@ class _Plan:
 
     width: int
     route: Route | None = None
-    accepted: bool = False  # several trials of it were compared with their unfused steps
+    like: DefaultTraining | None = None  # of the structure whose trials were compared by this route, several at once
     why: str = ""  # one lane is the most, and nobody was told yet
+
+
+@dataclass(kw_only=True)
+class _Spent:
+    """What the plain loop has trained of a group."""
+
+    trials: set[int] = field(default_factory=set)
+    seconds: float = 0.0
+    n_steps: int = 0
+
+
+def is_worth_measuring(*, n_trials: int, seconds: float, n_steps: int) -> bool:
+    """Whether a group has been trained for long enough by the plain loop for lanes to be measured.
+
+    >>> is_worth_measuring(n_trials=2, seconds=0.5, n_steps=150)
+    True
+    >>> is_worth_measuring(n_trials=1, seconds=60.0, n_steps=9000)
+    False
+    >>> is_worth_measuring(n_trials=9, seconds=0.2, n_steps=9000)
+    False
+    >>> is_worth_measuring(n_trials=9, seconds=60.0, n_steps=149)
+    False
+    """
+    return n_trials >= MEASURE_AFTER_TRIALS and seconds >= MEASURE_AFTER_S and n_steps >= MEASURE_AFTER_STEPS
 
 
 class Lanes:
@@ -75,7 +100,7 @@ class Lanes:
         self._device = device
         self._plans: dict[str, _Plan] = {}
         self._evaluations = EvaluationLanes(most, device)
-        self._spent_s: defaultdict[str, float] = defaultdict(float)  # by group, of the plain loop
+        self._spent: defaultdict[str, _Spent] = defaultdict(_Spent)  # by group
         self._paused: OrderedDict[int, DefaultTraining] = OrderedDict()  # trials with their state on the device
         self._paused_bytes = 0
 
@@ -92,13 +117,23 @@ class Lanes:
         group = group_key(job.config)
         plan = self._plans.get(group)
         if plan is None:
-            return self._most is not None or self._spent_s[group] >= MEASURE_AFTER_S
+            spent = self._spent[group]
+            return self._most is not None or is_worth_measuring(
+                n_trials=len(spent.trials), seconds=spent.seconds, n_steps=spent.n_steps
+            )
         return plan.width > 1
 
-    def trained_plainly(self, job: Job, seconds: float) -> None:
-        """A job was trained by the plain loop, in so many seconds."""
-        if self._most is None and isinstance(job, TrainJob):
-            self._spent_s[group_key(job.config)] += seconds
+    def trained_plainly(self, job: Job, result: Result, n_steps_of: Callable[[TrainJob], int]) -> None:
+        """A job was done by the plain loop.
+
+        Args:
+            n_steps_of: tells the optimizer steps of an epoch; asked only where that decides something.
+        """
+        if self._most is None and isinstance(job, TrainJob) and result.epochs:
+            spent = self._spent[group_key(job.config)]
+            spent.trials.add(job.trial)
+            spent.seconds += result.seconds
+            spent.n_steps += len(result.epochs) * n_steps_of(job)
 
     def run(self, jobs: Sequence[Job], plain: Plain, more: Callable[[Job, int], Sequence[Job]]) -> Iterator[Result]:
         """One result for each of these jobs that may share a program, and for each that is asked for meanwhile.
@@ -125,21 +160,12 @@ class Lanes:
         """
         host = _Host(self, plain, group_key(jobs[0].config))
         if host.plan is None:
-            training = host.begin(jobs[0])
-            if isinstance(training, Result):
-                yield training
+            result = host.measure(jobs[0])
+            if result is not None:
+                yield result
                 jobs = jobs[1:]
-            else:
-                with plain.at_work(jobs[:1]):
-                    self._plans[host.group] = self._plan(training)
-                self._pause(jobs[0], training)
-            if not jobs:
-                return
-        plan = self._plans.get(host.group)
-        if plan is not None and plan.width > 1:
-            yield from LaneJobs(host, width=plan.width, more=more).run(jobs)
-        else:
-            yield from (host.alone(job) for job in jobs)
+        if jobs:
+            yield from LaneJobs(host, more=more).run(jobs)
 
     def _ramps(
         self, jobs: Sequence[RampJob], plain: Plain, more: Callable[[Job, int], Sequence[Job]]
@@ -182,17 +208,26 @@ class Lanes:
         return None
 
     def forget(self) -> None:
-        """Let go of paused trials; their checkpoints are elsewhere."""
+        """Let go of paused trials, whose checkpoints are elsewhere, and of what programs are compared with."""
         self._paused.clear()
         self._paused_bytes = 0
+        for plan in self._plans.values():
+            plan.like = None
 
-    def _plan(self, training: DefaultTraining) -> _Plan:
-        route, why = find_route([training])
-        if route is None:
-            return _Plan(width=1, why=f"trained one by one: {why}")
-        if self._most is not None:
-            return _Plan(width=self._most, route=route)
-        return _Plan(width=best_width([training], route=route).lanes, route=route)
+    def _plan(self, training: DefaultTraining, plain: Plain) -> _Plan:
+        """How a group is trained. Whatever measuring raises, the plain loop tells better: one by one, then."""
+        try:
+            route, why = find_route([training])
+            if route is not None:
+                width = self._most or best_width([training], route=route).lanes
+                return _Plan(width=width, route=route)
+        except Exception as error:
+            why, no_memory = f"to measure what lanes gain raised {describe(error)}", is_out_of_memory(error)
+        else:
+            no_memory = False
+        if no_memory:
+            plain.free_memory()
+        return _Plan(width=1, why=f"trained one by one: {why}")
 
     def _pause(self, job: TrainJob, training: DefaultTraining) -> None:
         """Keep a trial's state where it is, as long as there is room for it."""
@@ -231,30 +266,62 @@ class _Host:
     def plan(self) -> _Plan | None:
         return self._lanes._plans.get(self.group)
 
+    @property
+    def width(self) -> int:
+        return 1 if self.plan is None else self.plan.width
+
+    def measure(self, job: TrainJob) -> Result | None:
+        """Plan how the group is trained, by one of its jobs; the job's result where it cannot begin."""
+        training = self.begin(job)
+        if isinstance(training, Result):
+            return training
+        with self._plain.at_work([job]):
+            plan = self._lanes._plan(training, self._plain)
+        self._lanes._plans[self.group] = plan
+        if plan.width > 1:
+            self._lanes._pause(job, training)
+        return None
+
     def begin(self, job: TrainJob) -> DefaultTraining | Result:
         return self._lanes._resume(job) or self._plain.begin(job)
 
     def alone(self, job: TrainJob) -> Result:
         result = self._plain.alone(job)
         plan = self.plan
-        if plan is None or not plan.why:
+        if plan is None or plan.width > 1:
+            return result
+        if result.outcome == "crashed":  # this trial may be why its group is trained one by one: others are asked anew
+            del self._lanes._plans[self.group]
+            return result
+        if not plan.why:
             return result
         why, plan.why = plan.why, ""
         return replace(result, values={**result.values, "one_lane": why})
 
-    def program(self, trainings: Sequence[DefaultTraining]) -> Program | None:
+    def program(self, trainings: Sequence[DefaultTraining]) -> Program:
         plan = self.plan
         assert plan is not None
-        with self._plain.at_work([]):
-            if not plan.accepted:
-                plan.route, why = find_route(trainings)
-                plan.accepted = plan.route is not None and len(trainings) > 1
-                if plan.route is None:
-                    plan.width, plan.why = 1, f"trained one by one: {why}"
-            return None if plan.route is None else LaneGroup(trainings, plan.route)
+        if plan.route is None or plan.like is None or can_fuse(plan.like, trainings[0]):
+            plan.route, why = find_route(trainings)
+            if plan.route is None:
+                raise LanesRefused(why)
+            plan.like = trainings[0] if len(trainings) > 1 else None
+        return LaneGroup(trainings, plan.route)
 
     def fits(self, first: DefaultTraining, other: DefaultTraining) -> bool:
         return not can_fuse(first, other)
+
+    def may_join(self, first: DefaultTraining, other: DefaultTraining) -> bool:
+        plan = self.plan
+        assert plan is not None
+        if not self.fits(first, other):
+            return False
+        if plan.like is None:  # the program was begun with one lane, and tried with copies of that alone
+            route, _ = find_route([first, other])
+            if route is None or route != plan.route:
+                return False
+            plan.like = first
+        return True
 
     def objective(self, row: EpochMetrics) -> float:
         return self._plain.objective(row)
@@ -268,21 +335,24 @@ class _Host:
     def stopped(self) -> bool:
         return self._plain.stopped()
 
-    def result(self, job: TrainJob, curve: Curve, training: DefaultTraining, beside: Sequence[TrainJob]) -> Result:
-        return self._plain.result(job, curve, training, beside)
+    def result(self, job: TrainJob, curve: Curve, training: DefaultTraining) -> Result:
+        return self._plain.result(job, curve, training)
 
     def ended(self, job: TrainJob, training: DefaultTraining, result: Result) -> None:
         if result.outcome == "done":
             self._plain.remember(result)
             self._lanes._pause(job, training)
 
-    def too_wide(self, n_lanes: int) -> int:
+    def refused(self, reason: str) -> None:
         plan = self.plan
         assert plan is not None
-        self._lanes.forget()
+        plan.width, plan.like, plan.why = 1, None, f"trained one by one: {reason}"
+
+    def too_wide(self, n_lanes: int) -> None:
+        plan = self.plan
+        assert plan is not None
         self._plain.free_memory()
         plan.width = max(1, n_lanes // 2)
-        return plan.width
 
 
 def _n_bytes(training: DefaultTraining) -> int:

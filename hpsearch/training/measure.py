@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from hpsearch.errors import UserCodeError
 from hpsearch.job import Outputs, SplitName
 from hpsearch.task import Task, outputs_of
-from hpsearch.training.data import StudyData
+from hpsearch.training.data import StudyData, check_output
 from hpsearch.training.named_metrics import named_metrics
 from hpsearch.training.user_code import frame_of, user_code
 
@@ -72,8 +72,10 @@ def output_metrics(task: Task, output: Tensor, target: Tensor) -> dict[str, floa
     """The task's loss and metrics of some outputs; {"loss": nan} alone when the loss is not finite.
 
     Raises:
-        UserCodeError: the task raised, or gave what is no number.
+        UserCodeError: the task raised, or gave what is no number; or the output would be broadcast against the target.
     """
+    if type(task).loss is Task.loss or type(task).metrics is Task.metrics:  # a loop of the user's may not have asked
+        check_output(output, target, outputs_of(task, target), own_loss=True)
     with torch.no_grad():
         with user_code("loss()"):
             loss = _number(task.loss(output, target), "loss()", frame_of(type(task).loss))

@@ -125,6 +125,12 @@ def as_target(value: object, where: str) -> Tensor:
     return tensor if tensor.is_floating_point() else tensor.to(torch.int64)
 
 
+def as_example(item: Any, where: str) -> tuple[Tensor, Tensor]:
+    """(x, y) of one item of a Dataset, whatever it gives (arrays, plain numbers), as `as_input` and `as_target`."""
+    x, y = (torch.tensor(part) if isinstance(part, (bool, int, float, np.generic)) else part for part in item)
+    return as_input(x, f"{where} inputs"), as_target(y, f"{where} target")
+
+
 def collated(batch: Any, where: str) -> tuple[Tensor, Tensor]:
     """(x, y) as DataLoader's collation left it, in the dtypes of `as_input` and `as_target`."""
     x, y = batch
@@ -206,8 +212,7 @@ def _read_item(name: str, dataset: Any, row: int) -> tuple[Tensor, Tensor]:
         item = dataset[row]
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         _refuse(f"{name}[{row}] is {_kind(item)}, not a pair (x, y)", "__getitem__ returns (x, y)")
-    x, y = (torch.tensor(part) if isinstance(part, (bool, int, float, np.generic)) else part for part in item)
-    x, y = as_input(x, f"{name}[{row}] inputs"), as_target(y, f"{name}[{row}] target")
+    x, y = as_example(item, f"{name}[{row}]")
     if x.numel() == 0 or y.numel() == 0:
         _refuse(f"{name}[{row}] is empty: shapes {tuple(x.shape)} and {tuple(y.shape)}", "every example needs values")
     _check_finite(f"{name}[{row}] inputs", x[None])

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hpsearch.training.data import BLOCK_BYTES_CPU, BLOCK_BYTES_GPU, batch_bounds
 from hpsearch.training.lanes.refusal import LanesRefused
 from hpsearch.training.loop import DefaultTraining
+
+Made = TypeVar("Made")
+_DRAWN = "augment() or the Dataset draws from a global generator, of which lanes have one between them"
 
 
 def lane_batches(trainings: Sequence[DefaultTraining], epochs: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -21,7 +27,7 @@ def lane_batches(trainings: Sequence[DefaultTraining], epochs: Sequence[int]) ->
 
     Raises:
         UserCodeError: augment or a Dataset raised.
-        LanesRefused: the lanes' batches have different shapes.
+        LanesRefused: the lanes' batches have different shapes, or a global generator decides what is in them.
     """
     rows = trainings[0].data.rows("train")
     if rows is None or any(training.augment is not None for training in trainings):
@@ -68,7 +74,39 @@ def _stacked(trainings: Sequence[DefaultTraining], epochs: Sequence[int]) -> Ite
         )
         for training, epoch in zip(trainings, epochs, strict=True)
     ]
-    for batches in zip(*lanes, strict=True):
+    for batches in undrawn(zip(*lanes, strict=True), trainings[0].device):
         if len({(x.shape, x.dtype, y.shape, y.dtype) for x, y in batches}) > 1:
             raise LanesRefused("augment() or the Dataset gives batches of other shapes in each lane")
         yield torch.stack([x for x, _ in batches]), torch.stack([y for _, y in batches])
+
+
+def undrawn(batches: Iterator[Made], device: torch.device) -> Iterator[Made]:
+    """Batches as they come, of which no global generator may decide: its one stream is not what each trial has alone.
+
+    Raises:
+        LanesRefused: one does.
+    """
+    host = host_random()  # read at both ends alone, for it takes longer than a small batch; networks leave it as it is
+    while True:
+        before = device_random(device)
+        try:
+            batch = next(batches)
+        except StopIteration:
+            break
+        if any(not torch.equal(now, then) for now, then in zip(device_random(device), before, strict=True)):
+            raise LanesRefused(_DRAWN)
+        yield batch
+    if host_random() != host:
+        raise LanesRefused(_DRAWN)
+
+
+def host_random() -> tuple[object, ...]:
+    """Where Python's and numpy's global generators stand."""
+    numpys: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - user code may draw from it
+    return random.getstate(), numpys["state"]["key"].tobytes(), numpys["state"]["pos"], numpys["gauss"]
+
+
+def device_random(device: torch.device) -> list[Tensor]:
+    """Where torch's global generators stand: the host's, and the device's."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hpsearch.task import Task
 from hpsearch.training.data import StudyData
+from hpsearch.training.lanes.attributes import hide_loop_keys
 from hpsearch.training.lanes.batch_norm import take_bf16
 from hpsearch.training.lanes.batching import Randomness, over_lanes, shorten
 from hpsearch.training.lanes.dropout import Drawn, give_masks, recorded
@@ -40,6 +41,8 @@ class Route:
     """How outputs are had in evaluation; vjp: as the forward half of a gradient; alone: one lane after the other."""
     idle: frozenset[str] = frozenset()
     """Parameters that no gradient reaches, which torch's optimizers leave as they are."""
+    mixes_rows: bool = False
+    """A row's output in evaluation depends on the rows beside it, so batches are to be those of a trial alone."""
 
 
 class Network(Protocol):
@@ -65,9 +68,11 @@ class Forward:
             randomness: of what draws under `vmap`.
         """
         self._stack = stack
-        self._route = route
+        self.device = stack.device
+        self.route = route
         self._randomness = randomness
         self.model = copy.deepcopy(network.model)
+        hide_loop_keys(self.model)
         self.dropouts = give_masks(self.model)
         shorten(self.model)
         if is_bf16(self.model):
@@ -104,14 +109,14 @@ class Forward:
         if shape not in self._plans:
             self._put(self._lane(0, copied=True))
             with torch.no_grad():
-                self._plans[shape] = recorded(self.dropouts, lambda: self.model(inputs[0]))
+                self._plans[shape] = recorded(self.dropouts, lambda: self.model(inputs[0].clone()))
         return self._plans[shape]
 
     def losses_and_gradients(
         self, inputs: Tensor, target: Tensor, masks: Sequence[Tensor], plan: Sequence[Drawn]
     ) -> tuple[Tensor, list[list[Tensor]]]:
         """Losses of all lanes, (L,), and the gradients of each block's leaves; buffers are changed as in training."""
-        if self._route.gradients == "summed":
+        if self.route.gradients == "summed":
             losses, grads = self._summed(inputs, target, masks, plan)
         else:
             losses, grads = self._each(inputs, target, masks, plan)
@@ -126,7 +131,7 @@ class Forward:
     def outputs(self, inputs: Tensor) -> Tensor:
         """Outputs of all lanes for the same inputs, (L, B, …)."""
         tensors = [tensor.detach() for tensor in self._tensors()]
-        match self._route.outputs:
+        match self.route.outputs:
             case "vmap":
                 function = torch.vmap(self._output, in_dims=(0, None), randomness=self._randomness)
                 output: Tensor = function(tensors, inputs)
@@ -135,7 +140,8 @@ class Forward:
                     tensors, inputs
                 )
             case "alone":
-                output = torch.stack([self._output(self._lane(i), inputs) for i in range(self._stack.n_lanes)])
+                lanes = [self._output(self._lane(i), inputs.clone()) for i in range(self._stack.n_lanes)]
+                output = torch.stack(lanes)
         return output
 
     @contextmanager

@@ -7,31 +7,21 @@ agree.
 
 from __future__ import annotations
 
-import functools
-import types
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hpsearch.training.lanes.attributes import first_that_differs
 from hpsearch.training.lanes.dropout import own_dropouts
 from hpsearch.training.lanes.refusal import LanesRefused
 from hpsearch.training.lanes.rules import rule_of
 from hpsearch.training.lanes.stack import require_readable
 from hpsearch.training.loop import DefaultTraining
 
-LOOP_KEYS = frozenset(
-    {"lr", "batch_size", "optimizer", "weight_decay", "momentum", "grad_clip_norm", "label_smoothing", "warmup_epochs"}
-)
-"""Keys of a config that the loop reads; a model that keeps its config may hold other values of these."""
-
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _DTYPES = (torch.float32, torch.float64)
-_TORCHS_OWN = frozenset(vars(nn.Module())) | {
-    *("_is_full_backward_hook", "_compiled_call_impl", "_flat_weights", "_flat_weight_refs")
-}
 
 
 def can_fuse(first: DefaultTraining, other: DefaultTraining) -> str:
@@ -123,15 +113,7 @@ def _models_differ(first: nn.Module, other: nn.Module) -> str:
                 return f"{what} {key} is {tuple(tensor.shape)} and {tuple(found.shape)}"
             if tensor.dtype != found.dtype or tensor.requires_grad != found.requires_grad or tie != found_tie:
                 return f"{what} {key} has another dtype, another requires_grad, or is tied in another way"
-    free = {id(module) for module in own_dropouts(first)}
-    for name, module in modules.items():
-        if id(module) in free:
-            continue
-        mine_plain, their_plain = plain_attributes(module), plain_attributes(others[name])
-        for key in sorted(set(mine_plain) | set(their_plain)):
-            if not _same(mine_plain.get(key), their_plain.get(key)):
-                return f"`{key}` of {_at(name)} differs"
-    return ""
+    return first_that_differs(first, other, free={id(module) for module in own_dropouts(first)})
 
 
 def _optimizers_differ(first: DefaultTraining, other: DefaultTraining) -> str:
@@ -148,65 +130,6 @@ def _optimizers_differ(first: DefaultTraining, other: DefaultTraining) -> str:
         if rule_of(mine, group) != rule_of(theirs, their_group):
             return f"group {number} of their optimizers has other flags"
     return ""
-
-
-def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """What a module keeps beside its parameters, buffers and submodules, and torch's own bookkeeping."""
-    return {key: value for key, value in vars(module).items() if key not in _TORCHS_OWN}
-
-
-def remembered(model: nn.Module) -> dict[str, Any]:
-    """Plain numbers, texts and tensors that a model's modules keep, to be compared after a step."""
-    found: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        for key, value in plain_attributes(module).items():
-            if isinstance(value, Tensor):
-                found[f"{name}.{key}".lstrip(".")] = value.detach().clone()
-            elif isinstance(value, int | float | str | type(None)):
-                found[f"{name}.{key}".lstrip(".")] = value
-            elif isinstance(value, list | dict | set):
-                found[f"{name}.{key}".lstrip(".")] = len(value)
-    return found
-
-
-def changed_attribute(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """The first that a step has changed, "" where there is none."""
-    return next((k for k in [*before, *after] if k not in before or not _same(before[k], after.get(k, _GONE))), "")
-
-
-_GONE = object()
-
-
-def _same(mine: Any, theirs: Any) -> bool:
-    """Whether two plain values mean the same; what cannot be judged differs."""
-    if mine is theirs:
-        return True
-    if type(mine) is not type(theirs):
-        return False
-    if isinstance(mine, Tensor):
-        return mine.shape == theirs.shape and mine.dtype == theirs.dtype and torch.equal(mine, theirs)
-    if isinstance(mine, Mapping):
-        keys = (set(mine) | set(theirs)) - LOOP_KEYS
-        return all(k in mine and k in theirs and _same(mine[k], theirs[k]) for k in keys)
-    if isinstance(mine, list | tuple):
-        return len(mine) == len(theirs) and all(map(_same, mine, theirs))
-    if isinstance(mine, types.FunctionType):
-        return mine.__code__ is theirs.__code__ and _same(_bound(mine), _bound(theirs))
-    if isinstance(mine, types.MethodType):
-        return mine.__func__ is theirs.__func__ and type(mine.__self__) is type(theirs.__self__)
-    if isinstance(mine, functools.partial):
-        return _same((mine.func, mine.args, mine.keywords), (theirs.func, theirs.args, theirs.keywords))
-    if isinstance(mine, nn.Module):  # one that is kept where torch does not see it
-        return not _models_differ(mine, theirs) and not list(mine.parameters())
-    try:
-        return bool(mine == theirs)
-    except Exception:
-        return False
-
-
-def _bound(function: types.FunctionType) -> tuple[Any, ...]:
-    cells = function.__closure__ or ()
-    return (function.__defaults__, function.__kwdefaults__, *(cell.cell_contents for cell in cells))
 
 
 def _tensors(named: Any) -> dict[str, tuple[Tensor, str]]:

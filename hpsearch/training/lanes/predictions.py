@@ -17,11 +17,12 @@ from hpsearch.job import SplitName
 from hpsearch.task import Task
 from hpsearch.training.data import EVAL_BATCH_BYTES, EVAL_BATCH_ROWS, StudyData
 from hpsearch.training.lanes.epochs import refusing, unsaid
+from hpsearch.training.lanes.feed import undrawn
 from hpsearch.training.lanes.forward import Forward, Route
-from hpsearch.training.lanes.likeness import can_ask_together, changed_attribute, remembered
+from hpsearch.training.lanes.likeness import can_ask_together
 from hpsearch.training.lanes.refusal import LanesRefused
 from hpsearch.training.lanes.stack import Weights
-from hpsearch.training.lanes.trial_step import EVAL_ROWS, exact_kernels, outputs_route
+from hpsearch.training.lanes.trial_step import EVAL_ROWS, exact_kernels, mixes_rows, outputs_route, own_output
 from hpsearch.training.measure import DEVICE_OUTPUT_BYTES
 from hpsearch.training.seeding import borrowed_rng
 
@@ -60,32 +61,34 @@ def fused_outputs(predictors: Sequence[Predictor], split: SplitName) -> tuple[Te
         n_rows = first.data.n_rows(split)
         inputs, _ = next(first.data.batches(split, batch_size=min(EVAL_ROWS, n_rows)))
         with exact_kernels(first.device):
-            wanted = [_own_output(model, inputs) for model in models]
+            wanted = [own_output(model, inputs) for model in models]
+            mixes = any(mixes_rows(model, inputs, output) for model, output in zip(models, wanted, strict=True))
             if sum(output.nbytes for output in wanted) * n_rows > MOST_OUTPUT_BYTES * len(inputs):
                 raise LanesRefused(f"outputs for {n_rows} rows are too large to be held for {len(models)} lanes")
             weights = Weights(models, first.device)
             way = outputs_route(first, weights, inputs, wanted)
         if way == "alone":
             raise LanesRefused("in lanes its outputs would be wrong, or cannot be had")
-        return split_outputs(
-            Forward(first, weights, Route(gradients="each", outputs=way)), first.data, split, len(models)
-        )
+        route = Route(gradients="each", outputs=way, mixes_rows=mixes)
+        return split_outputs(Forward(first, weights, route), first.data, split, len(models))
 
 
 def split_outputs(forward: Forward, data: StudyData, split: SplitName, n_lanes: int) -> tuple[Tensor, Tensor]:
     """All lanes' outputs for a split, (L, N, …), at least float32, and the targets, in the split's order.
 
-    Both on the device, or on the host when the outputs are large. Batches are the smaller the more lanes there are.
+    Both on the device, or on the host when the outputs are large. Batches are the smaller the more lanes there are,
+    unless rows of a batch have to do with each other.
     """
     n_rows = data.n_rows(split)
     low, high = EVAL_BATCH_ROWS
     row_bytes = math.prod(data.info.input_shape) * getattr(torch, data.info.input_dtype).itemsize
-    size = min(high, max(low, EVAL_BATCH_BYTES // (row_bytes * n_lanes)))
+    size = None if forward.route.mixes_rows else min(high, max(low, EVAL_BATCH_BYTES // (row_bytes * n_lanes)))
     outputs: list[Tensor] = []
     targets: list[Tensor] = []
     to_host = False
     with forward.evaluating():
-        for inputs, target in data.batches(split, batch_size=size):
+        batches = data.batches(split, batch_size=size)
+        for inputs, target in batches if data.rows(split) is not None else undrawn(batches, forward.device):
             output = forward.outputs(inputs)
             if not outputs:
                 to_host = output.nbytes * n_rows > DEVICE_OUTPUT_BYTES * len(target)
@@ -93,22 +96,3 @@ def split_outputs(forward: Forward, data: StudyData, split: SplitName, n_lanes: 
             targets.append(target.cpu() if to_host else target)
     output, target = torch.cat(outputs, dim=1), torch.cat(targets)
     return (output.float() if output.dtype in (torch.float16, torch.bfloat16) else output), target
-
-
-def _own_output(model: nn.Module, inputs: Tensor) -> Tensor:
-    """What a model gives alone.
-
-    Raises:
-        LanesRefused: no tensor; or it keeps something of what it was asked, which lanes would share.
-    """
-    before, buffers = remembered(model), [(buffer, buffer._version) for buffer in model.buffers()]
-    output = model(inputs.clone())
-    if not isinstance(output, Tensor):
-        raise LanesRefused(f"the model returned a {type(output).__name__}, not a tensor")
-    if name := changed_attribute(before, remembered(model)):
-        raise LanesRefused(f"forward() changes `{name}`, which lanes would share")
-    if any(
-        old is not new or version != new._version for (old, version), new in zip(buffers, model.buffers(), strict=True)
-    ):
-        raise LanesRefused("forward() changes a buffer also in evaluation")
-    return output

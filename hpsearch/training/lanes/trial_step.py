@@ -16,21 +16,24 @@ from the same seed, the same in every lane.
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpsearch.training.data import epoch_seed
+from hpsearch.training.lanes.attributes import changed_attribute, remembered
 from hpsearch.training.lanes.dropout import Drawn, LaneDropout, Masks, give_masks, rates_of, recorded
 from hpsearch.training.lanes.epochs import unsaid
+from hpsearch.training.lanes.feed import host_random, undrawn
 from hpsearch.training.lanes.forward import Forward, Network, Outputs, Route
-from hpsearch.training.lanes.likeness import can_fuse, changed_attribute, remembered
+from hpsearch.training.lanes.likeness import can_fuse
 from hpsearch.training.lanes.refusal import LanesRefused
 from hpsearch.training.lanes.stack import Stack, Weights
 from hpsearch.training.lanes.step import clip_lanes
@@ -88,15 +91,32 @@ def find_route(trainings: Sequence[DefaultTraining]) -> tuple[Route | None, str]
         if reason := can_fuse(first, training):
             return None, reason
     lanes = list(trainings) if len(trainings) > 1 else [first, first]
+    held = [(param, param.grad) for training in trainings for param in training.model.parameters()]
     with borrowed_rng(first.device), exact_kernels(first.device), unsaid():
-        if not is_bf16(first.model):
-            return _found(lanes)
         try:
-            exact = [_float32_twin(lane) for lane in lanes]
-        except LanesRefused as refusal:
-            return None, refusal.reason
-        route, reason = _found(exact)
-        return (None, reason) if route is None else _found(lanes, (replace(route, outputs="vmap"),))
+            for param, _ in held:
+                param.grad = None
+            found = _found_of_precision(lanes)
+            # All steps are those of copies; of a function that holds the model itself there is no copy.
+            reached = any(param.grad is not None for param, _ in held)
+        finally:
+            for param, grad in held:
+                param.grad = grad
+    if reached:
+        return None, "the model keeps a function that uses the model's own weights, also where a copy of it is asked"
+    return found
+
+
+def _found_of_precision(lanes: Sequence[DefaultTraining]) -> tuple[Route | None, str]:
+    """The first route that is right, for networks of either precision."""
+    if not is_bf16(lanes[0].model):
+        return _found(lanes)
+    try:
+        exact = [_float32_twin(lane) for lane in lanes]
+    except LanesRefused as refusal:
+        return None, refusal.reason
+    route, reason = _found(exact)
+    return (None, reason) if route is None else _found(lanes, (replace(route, outputs="vmap"),))
 
 
 def _float32_twin(training: DefaultTraining) -> DefaultTraining:
@@ -120,7 +140,7 @@ def _found(lanes: Sequence[DefaultTraining], routes: Sequence[Route] = ()) -> tu
             raise
         return None, f"a plain step of it raised {describe(error)}"
     reasons = []
-    for route in routes or _routes(lanes[0].model, plain[0].idle):
+    for route in routes or _routes(plain[0]):
         try:
             return _tried(lanes, plain, route), ""
         except LanesRefused as refusal:
@@ -145,35 +165,39 @@ class _PlainStep:
     idle: frozenset[str]
     buffers: dict[str, Tensor]  # after it
     after: DefaultTraining  # the copy, after it
+    pads: bool  # an embedding was told of padding
     eval_inputs: Tensor
     eval_output: Tensor  # of the model before the step
+    mixes: bool  # its output for a row depends on the rows beside it
 
 
-def _routes(model: nn.Module, idle: frozenset[str]) -> Iterator[Route]:
+class _Padding(TorchDispatchMode):
+    """Looks for embeddings that are told of padding, be it by a module or by a function in forward()."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.embedding.default and len(args) > 2 and args[2] >= 0:
+            self.found = True
+        return func(*args, **(kwargs or {}))
+
+
+def _routes(plain: _PlainStep) -> Iterator[Route]:
     # Summed losses give the padding's row a gradient in all lanes but the first, which a step without padding hides.
-    if not any(isinstance(module, nn.Embedding) and module.padding_idx is not None for module in model.modules()):
-        yield Route(gradients="summed", idle=idle)
-    yield Route(gradients="each", idle=idle)
+    if not plain.pads:
+        yield Route(gradients="summed", idle=plain.idle)
+    yield Route(gradients="each", idle=plain.idle)
 
 
 def _plain_steps(trainings: Sequence[DefaultTraining]) -> list[_PlainStep]:
     first = trainings[0]
-    batches = []
-    for training in trainings:
-        batches.append(
-            next(
-                training.data.train_batches(
-                    batch_size=training.settings.batch_size,
-                    seed=training.seed,
-                    epoch=training.epoch + 1,
-                    shuffle=training.shuffle,
-                    augment=training.augment,
-                )
-            )
-        )
+    batches = list(undrawn((_first_batch(training) for training in trainings), first.device))
     if len({(x.shape, x.dtype, y.shape, y.dtype) for x, y in batches}) > 1:
         raise LanesRefused("augment() or the Dataset gives batches of other shapes in each lane")
-    eval_inputs = next(first.data.batches("val", batch_size=min(EVAL_ROWS, first.data.n_rows("val"))))[0]
+    val = first.data.batches("val", batch_size=min(EVAL_ROWS, first.data.n_rows("val")))
+    ((eval_inputs, _),) = undrawn(islice(val, 1), first.device)
     copies = [copied(training) for training in trainings]
     dropouts = [give_masks(lane.model) for lane in copies]
     seed = epoch_seed(first.seed, first.epoch + 1, "trial-step")
@@ -183,7 +207,7 @@ def _plain_steps(trainings: Sequence[DefaultTraining]) -> list[_PlainStep]:
         spare_dropouts = give_masks(spare.model)
         spare.model.train()
         with torch.no_grad():
-            plan = recorded(spare_dropouts, lambda: spare.model(batches[0][0]))
+            plan = recorded(spare_dropouts, lambda: spare.model(batches[0][0].clone()))
     masks = Masks(
         [rates_of(training.model) for training in trainings],
         [epoch_seed(training.seed, training.epoch + 1, "train") for training in trainings],
@@ -199,6 +223,18 @@ def _plain_steps(trainings: Sequence[DefaultTraining]) -> list[_PlainStep]:
     return steps
 
 
+def _first_batch(training: DefaultTraining) -> tuple[Tensor, Tensor]:
+    """Of the training's next epoch."""
+    batches = training.data.train_batches(
+        batch_size=training.settings.batch_size,
+        seed=training.seed,
+        epoch=training.epoch + 1,
+        shuffle=training.shuffle,
+        augment=training.augment,
+    )
+    return next(batches)
+
+
 def _plain_step(
     training: DefaultTraining,
     dropouts: list[LaneDropout],
@@ -211,7 +247,8 @@ def _plain_step(
     model, (inputs, target) = training.model, batch
     model.eval()
     with torch.no_grad():
-        eval_output = model(eval_inputs)
+        eval_output = own_output(model, eval_inputs)
+        mixes = mixes_rows(model, eval_inputs, eval_output)
     model.train()
     for number, dropout in enumerate(dropouts):
         dropout.masks = [mask for mask, call in zip(masks, plan, strict=True) if call.layer == number]
@@ -221,14 +258,16 @@ def _plain_step(
         param.grad = None
     seed_all(seed, training.device)
     loss_of = training_loss(training.task, training.data.info.outputs, training.settings.label_smoothing)
-    host_random = _host_random()
-    loss = checked_loss(training.task, training.data, loss_of)(model(inputs.clone()), target)
+    host_before = host_random()
+    with _Padding() as padding:
+        output = model(inputs.clone())
+    loss = checked_loss(training.task, training.data, loss_of)(output, target.clone())
     loss.backward()
     for dropout in dropouts:
         dropout.n_calls = 0
-    if _host_random() != host_random:
+    if host_random() != host_before:
         raise LanesRefused("forward() draws from Python's or numpy's generator, and lanes would share what it draws")
-    if name := changed_attribute(before, remembered(model)):
+    if name := changed_attribute(before, model):
         raise LanesRefused(f"forward() changes `{name}`, which lanes would share")
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
     if any(grad.is_sparse for grad in grads.values()):
@@ -251,8 +290,10 @@ def _plain_step(
         idle=idle,
         buffers=buffers,
         after=training,
+        pads=padding.found,
         eval_inputs=eval_inputs,
         eval_output=eval_output,
+        mixes=mixes,
     )
 
 
@@ -275,7 +316,7 @@ def _tried(trainings: Sequence[DefaultTraining], plain: Sequence[_PlainStep], ro
     outputs = outputs_route(first, stack, plain[0].eval_inputs, [step.eval_output for step in plain])
     stack.keep()
     seed_all(epoch_seed(first.seed, first.epoch + 1, "trial-step"), first.device)
-    losses, grads = same.losses_and_gradients(inputs, target, masks, plan)
+    losses, grads = same.losses_and_gradients(inputs.clone(), target.clone(), masks, plan)
     for lane, step in enumerate(plain):
         _require_close("its loss", losses[lane], step.loss.reshape(()), lane, allowed.values)
         largest = max((float(grad.abs().max()) for grad in step.grads.values() if grad.numel()), default=0.0)
@@ -291,7 +332,54 @@ def _tried(trainings: Sequence[DefaultTraining], plain: Sequence[_PlainStep], ro
     different.losses_and_gradients(inputs, target, masks, plan)  # as in training, where every lane draws for itself
     stack.go_back()
     _require_rule(trainings, plain, stack)
-    return replace(route, outputs=outputs)
+    mixes = route.mixes_rows or any(step.mixes for step in plain)
+    return replace(route, outputs=outputs, mixes_rows=mixes)
+
+
+def own_output(model: nn.Module, inputs: Tensor) -> Tensor:
+    """What a model, in eval mode, gives alone.
+
+    Raises:
+        LanesRefused: no tensor; or it keeps something of what it was asked, which lanes would share or lose.
+    """
+    buffers = [(buffer, buffer._version) for buffer in model.buffers()]
+    output, changed = _asked(model, inputs)
+    if changed:  # a table perhaps, that is made in a first call
+        output, changed = _asked(model, inputs)
+    if changed:
+        raise LanesRefused(f"forward() changes `{changed}`, which lanes would share")
+    if any(
+        old is not new or version != new._version for (old, version), new in zip(buffers, model.buffers(), strict=True)
+    ):
+        raise LanesRefused("forward() changes a buffer also in evaluation")
+    return output
+
+
+def _asked(model: nn.Module, inputs: Tensor) -> tuple[Tensor, str]:
+    """A model's output, and an attribute that it changed meanwhile, if any."""
+    before = remembered(model)
+    output = model(inputs.clone())
+    if not isinstance(output, Tensor):
+        raise LanesRefused(f"the model returned a {type(output).__name__}, not a tensor")
+    return output, changed_attribute(before, model)
+
+
+def mixes_rows(model: nn.Module, inputs: Tensor, output: Tensor) -> bool:
+    """Whether a model's output for a row depends on the rows beside it, as where a batch is normalized by itself.
+
+    Args:
+        output: what it gave for the inputs.
+    """
+    half = len(inputs) // 2
+    if not half:
+        return False
+    try:
+        _require_close("", model(inputs[:half].clone()), output[:half], 0, tolerances(rounding(model)).values)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return True
+    return False
 
 
 def outputs_route(first: Network, stack: Stack | Weights, inputs: Tensor, wanted: Sequence[Tensor]) -> Outputs:
@@ -301,24 +389,26 @@ def outputs_route(first: Network, stack: Stack | Weights, inputs: Tensor, wanted
         first: one of the stack's.
         inputs: the same for all.
         wanted: each lane's own output for them, in evaluation.
+
+    Raises:
+        LanesRefused: they are not, not even one lane after the other.
+        Exception: what the model raises then.
     """
     allowed = tolerances(rounding(first.model))
-    ways: tuple[Outputs, ...] = ("vmap", "vjp")
+    ways: tuple[Outputs, ...] = ("vmap", "vjp", "alone")
     for outputs in ways:
         forward = Forward(first, stack, Route(gradients="each", outputs=outputs), randomness="same")
         try:
             with forward.evaluating():
-                found = forward.outputs(inputs)
+                found = forward.outputs(inputs.clone())
             for lane, output in enumerate(wanted):
                 _require_close("its output", found[lane], output, lane, allowed.values)
-        except LanesRefused:
-            continue
         except Exception as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or outputs == "alone":
                 raise
-            continue
-        return outputs
-    return "alone"
+        else:
+            return outputs
+    raise AssertionError
 
 
 def _require_rule(trainings: Sequence[DefaultTraining], plain: Sequence[_PlainStep], stack: Stack) -> None:
@@ -380,12 +470,6 @@ def copied(training: DefaultTraining) -> DefaultTraining:
             raise
         raise LanesRefused(f"its model cannot be copied: {describe(error)}") from error
     return made
-
-
-def _host_random() -> tuple[object, ...]:
-    """Where Python's and numpy's global generators stand."""
-    numpys: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - user code may draw from it
-    return random.getstate(), numpys["state"]["key"].tobytes(), numpys["state"]["pos"], numpys["gauss"]
 
 
 def _in_plain_words(error: Exception) -> str:
