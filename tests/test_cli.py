@@ -95,7 +95,7 @@ def test_launch_json_is_one_object_with_the_contracts_keys(project: Path, capsys
     told = json.loads(out)
     assert set(told) == {
         "study", "run_dir", "seed", "epochs", "wall_s", "stages_s", "trials", "lr_range", "best", "diagnosis",
-        "baseline", "baselines", "ensemble", "mlflow",
+        "baseline", "baselines", "ensemble", "mlflow", "lanes", "precision",
     }  # fmt: skip
     assert told["trials"]["total"] == 8
     assert {row["branch"]["optimizer"] for row in told["lr_range"]} == {"adamw", "sgd"}
