@@ -13,7 +13,18 @@ import click
 
 from hpsearch.number_text import interval, number
 
-__all__ = ["interval", "is_terminal", "json_option", "number", "print_json", "report_error", "say", "table", "tool"]
+__all__ = [
+    "counted",
+    "interval",
+    "is_terminal",
+    "json_option",
+    "number",
+    "print_json",
+    "report_error",
+    "say",
+    "table",
+    "tool",
+]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 """The flag that every verb has."""
