@@ -43,6 +43,7 @@ from tests.tasks import blobs
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB_S = 1.0  # that each training job takes at least, so that a fault finds one under way
+LONG_JOB_S = 3.0  # the same where a node joins, which takes ten seconds and more on a busy machine: work is left for it
 FRESH_S = 0.4  # age of a lease, when its node is hit: the job is in its middle
 WARM_TRIALS = 4  # with a first result before the fault comes
 RUN_S = 300.0  # that a launch may take
@@ -242,7 +243,7 @@ def single(run: Run) -> tuple[StudyState, Row]:
 
 def kill(cluster: Cluster, reference: StudyState) -> Row:
     """A node is switched off while it holds a job, and another one joins."""
-    run = cluster.launch("kill", "--address", "auto")
+    run = cluster.launch("kill", "--address", "auto", job_s=LONG_JOB_S)
     host, key = hit(cluster, run)
     say(f"{host.address} holds {key}: switched off")
     host.power_off()
