@@ -11,6 +11,7 @@ an eighth of it has changed.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import sys
 from bisect import bisect_left, insort
@@ -94,10 +95,8 @@ class Keeping:
         """What has to be recorded before a study is taken up; what a crash left behind is deleted."""
         self._blobs.tidy(self._state.owners)
         self._leaving = set()
-        events: list[Event] = []
-        for key, result in self._state.results.items():
-            if key.startswith("export/"):  # read when all is over, by whoever packs the ensemble
-                events += filter(None, map(self._examined, result.digests))
+        found = damaged_exports(self._state, self._blobs)
+        events: list[Event] = [event for event in map(self.damaged, found) if event is not None]
         excess = self._blobs.n_bytes() - self._limit
         if excess > 0:
             victims, _ = self._victims(excess, _ABOVE_ALL)
@@ -146,13 +145,6 @@ class Keeping:
             f"{ref} was damaged {MOST_DAMAGES} times since this launch began",
             hint="is the disk sound? Copy the run directory to another, then hpsearch launch --resume",
         )
-
-    def _examined(self, ref: str) -> Damaged | None:
-        try:
-            self._blobs.read(ref, self._state.digests.get(ref, ""))
-        except DamagedBlob as error:
-            return self.damaged(error)
-        return None
 
     # Coming
 
@@ -388,6 +380,19 @@ class Keeping:
         if number is not None:
             self._look(number)
         self._gone.add(ref)
+
+
+def damaged_exports(state: StudyState, blobs: BlobStore) -> list[DamagedBlob]:
+    """What is wrong with the files that the ensemble is packed from; they are read when all is over, so nobody else
+    would notice in time."""
+    found = []
+    exports = [result for key, result in state.results.items() if key.startswith("export/")]
+    for ref in itertools.chain.from_iterable(result.digests for result in exports):
+        try:
+            blobs.read(ref, state.digests.get(ref, ""))
+        except DamagedBlob as error:
+            found.append(error)
+    return found
 
 
 _NOTHING: Price = (Worth.NOTHING, 0, 0.0, 0)

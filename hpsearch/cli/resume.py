@@ -10,11 +10,13 @@ from collections.abc import Collection
 from pathlib import Path
 
 from hpsearch.assembly import check_resume
+from hpsearch.blobs import BlobStore
 from hpsearch.cli.output import say, tool
 from hpsearch.edits import code_edits, early_edits, edits
 from hpsearch.errors import UsageError
 from hpsearch.job import Config
 from hpsearch.journal import FILE_NAME, is_locked, read_journal
+from hpsearch.keeping import damaged_exports
 from hpsearch.spec import Spec
 from hpsearch.state import StudyState
 from hpsearch.task_code import task_code
@@ -95,6 +97,7 @@ def nothing_to_do(run_dir: Path, spec: Spec, folder: Path, stages: Collection[st
         all(stage in state.ended_stages for stage, wanted in asked.items() if wanted and stage in stages)
         and not Spec.changes(Spec.from_dump(dict(state.opened.spec)), spec)
         and not _code_edits(state, spec, folder)
+        and not damaged_exports(state, BlobStore(run_dir))
     )
 
 

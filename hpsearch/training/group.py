@@ -215,23 +215,29 @@ class Group:
         """All ranks' notes of this step; None when `bounded` and the others have not come in time."""
         self._n_steps += 1
         keys = [f"{self._n_steps}/{rank}" for rank in range(self.size)]
-        self._store.set(keys[self.rank], json.dumps(vars(mine)))
         deadline = time.monotonic() + self._settle_s if bounded else None
-        while True:
-            left = WAIT_S if deadline is None else deadline - time.monotonic()
-            if left <= 0:
-                return None
-            try:
-                self._store.wait(keys, timedelta(seconds=min(left, WAIT_S)))
-            except dist.DistNetworkError:
-                raise GroupBroken("rank 0 is gone") from None
-            except dist.DistStoreError:  # not yet
-                continue
-            break
-        notes = [Note(**json.loads(self._store.get(key))) for key in keys]
-        if self._n_steps > 1:  # all have read those, or they would not be here
-            self._store.delete_key(f"{self._n_steps - 1}/{self.rank}")
+        try:
+            self._store.set(keys[self.rank], json.dumps(vars(mine)))
+            while not self._are_there(keys, deadline):
+                if deadline is not None and time.monotonic() >= deadline:
+                    return None
+            notes = [Note(**json.loads(self._store.get(key))) for key in keys]
+            if self._n_steps > 1:  # all have read those, or they would not be here
+                self._store.delete_key(f"{self._n_steps - 1}/{self.rank}")
+        except dist.DistNetworkError:  # it may go at any of these steps: the store is its
+            raise GroupBroken("rank 0 is gone") from None
         return notes
+
+    def _are_there(self, keys: list[str], deadline: float | None) -> bool:
+        """Whether all keys are in the store, after a wait of at most WAIT_S, and not beyond the deadline."""
+        left = WAIT_S if deadline is None else max(0.001, deadline - time.monotonic())
+        try:
+            self._store.wait(keys, timedelta(seconds=min(left, WAIT_S)))
+        except dist.DistNetworkError:
+            raise
+        except dist.DistStoreError:  # not yet
+            return False
+        return True
 
     def _opened_store(self) -> TCPStore:
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")  # rank 0's, as set by whoever set up torch.distributed
