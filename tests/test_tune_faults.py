@@ -337,7 +337,8 @@ def test_frozen_worker_loses_its_job_to_another_and_takes_nothing_from_it_when_i
 
     entries = Run(launch, cluster).go(freeze_then_thaw)
     assert_right(entries, launch)
-    first, second = [event.worker for _, event in events(entries, "leased") if event.key == key]
+    # Whoever has it next is silent too, and on a slow machine loses it before the first one thaws.
+    first, second, *_ = [event.worker for _, event in events(entries, "leased") if event.key == key]
     assert first != second
 
 
