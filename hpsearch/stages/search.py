@@ -74,6 +74,7 @@ class Search:
         self._waiting: list[int] = []  # numbers passed over, for want of a learning-rate range or of room in a program
         self._passed_over: dict[int, Config] = {}  # configs of those that were of another group
         self._next_number = 0
+        self._highest = -1  # number of any trial
         self._drawn: tuple[int, Config] | None = None  # cache of next_job, until the trial is recorded
         self._to_stop: list[int] = []
         self._below_end: set[str] = set()  # leases that end at a rung
@@ -208,7 +209,7 @@ class Search:
             trial,
             rung,
             objective,
-            n_trials=len(self._state.trials.keys() | range(self._sampled_below)),
+            n_trials=self._n_known,
             end_game=max(0, self._settings.n_complete - self._n_complete),
         )
 
@@ -222,12 +223,18 @@ class Search:
         """Numbers from here on are no sampled trial's: those of the user's own configs are passed over."""
         return sampled_below(self._settings.n_trials, self._baselines)
 
+    @property
+    def _n_known(self) -> int:
+        """Trials there are, and those still to be drawn. Asked for each result: it must not look at every trial."""
+        below = self._sampled_below
+        return below + sum(number in self._state.trials for number in range(below, self._highest + 1))
+
     def _new_baseline(self) -> tuple[int, Config] | None:
         """The user's own config, under the first number beyond all others, unless it was drawn."""
         config = self._settings.baseline
         if config is None or any(same_config(config, self._state.trials[n].config) for n in self._baselines):
             return None
-        return max(self._sampled_below - 1, *self._state.trials, -1) + 1, config
+        return max(self._sampled_below, self._highest + 1), config
 
     def _new_job(self) -> TrainJob | None:
         if self._drawn is None:
@@ -382,6 +389,7 @@ class Search:
 
     def _count_drawn(self, number: int) -> None:
         self._drawn = None
+        self._highest = max(self._highest, number)
         self._passed_over.pop(number, None)
         if number in self._waiting:
             self._waiting.remove(number)
