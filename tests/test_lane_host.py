@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -257,6 +258,33 @@ def test_nothing_is_measured_before_a_group_has_been_trained_for_a_while(monkeyp
     assert measured == [2]
     bench.run(job(4, 0, 1))
     assert measured == [2]
+
+
+def test_what_one_worker_has_measured_the_others_of_its_machine_take(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    widths = {16: 2, 8: 1}
+    measured = []
+
+    def width(trainings: Any, **_: Any) -> Width:
+        measured.append(trainings[0].model[0].out_features)
+        return Width(lanes=widths[measured[-1]], measured=())
+
+    monkeypatch.setattr("hpsearch.training.lane_host.best_width", width)
+    first, second, elsewhere = Bench(None), Bench(None), Bench(None)
+    for bench in (first, second):
+        bench.executor.share(tmp_path)
+    with monkeypatch.context() as eager:
+        measure_at_once(eager)
+        first.run(job(0, 0, 1), job(1, 0, 1, width=8))
+    assert measured == [16, 8]
+    monkeypatch.setattr("hpsearch.training.lane_host.MEASURE_AFTER_TRIALS", 99)
+    assert second.executor.fills(job(2, 0, 1))
+    assert not second.executor.fills(job(3, 0, 1, width=8))
+    assert not elsewhere.executor.fills(job(2, 0, 1))
+    found = second.run(job(2, 0, 1), more=[job(3, 0, 1)])
+    assert [result.values["lanes"] for result in found.values()] == [2, 2]
+    assert measured == [16, 8]
 
 
 def test_group_that_gains_nothing_is_trained_plainly_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,15 @@ class KeepsAMean(Plain):
         return splits
 
 
+class DropsANumber(Plain):
+    def __init__(self) -> None:
+        self.seed = 3
+
+    def data(self) -> Splits:
+        del self.seed
+        return super().data()
+
+
 class FillsAList(Plain):
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -188,7 +197,7 @@ def test_all_kinds_of_numbers_come_back_as_they_were(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "task",
-    [KeepsAMean, FillsAList, ChangesItsModule, ChangesItsClass, SetsTheEnvironment, WritesIntoATensor],
+    [KeepsAMean, DropsANumber, FillsAList, ChangesItsModule, ChangesItsClass, SetsTheEnvironment, WritesIntoATensor],
 )
 def test_data_that_does_more_than_return_is_called_by_every_worker(
     task: type[Task], tmp_path: Path, calls: list[None]
@@ -199,6 +208,36 @@ def test_data_that_does_more_than_return_is_called_by_every_worker(
     assert json.loads((tmp_path / NOTE).read_text()) == {
         "why_not": "data() changes its task, its module or its process"
     }
+
+
+class KeepsNumbers(Plain):
+    def data(self) -> Splits:
+        self.n_inputs, self.scale, self.wide = 6, 0.1 + 0.2, True
+        return super().data()
+
+
+def test_numbers_that_data_keeps_on_the_task_go_with_the_data(tmp_path: Path, calls: list[None]) -> None:
+    for _ in range(2):
+        task = KeepsNumbers()
+        load(task, tmp_path)
+        assert vars(task) == {"n_inputs": 6, "scale": 0.1 + 0.2, "wide": True}
+        assert type(task.wide) is bool
+    assert len(calls) == 1
+
+
+class SetsWhatScikitLearnSets(Plain):
+    def data(self) -> Splits:
+        os.environ["KMP_INIT_AT_FORK"] = str(os.urandom(4))
+        return super().data()
+
+
+def test_what_scikit_learn_tells_openmp_is_no_trace(
+    tmp_path: Path, calls: list[None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KMP_INIT_AT_FORK", "TRUE")
+    load(SetsWhatScikitLearnSets(), tmp_path)
+    load(SetsWhatScikitLearnSets(), tmp_path)
+    assert len(calls) == 1
 
 
 def test_attributes_that_data_leaves_alone_are_no_traces(tmp_path: Path, calls: list[None]) -> None:

@@ -213,13 +213,14 @@ class Session:
 
         def watch(entries: Sequence[Entry]) -> None:
             new = [entry for entry in entries if entry.seq >= earlier.n_entries]
+            if any(entry.event.type in ("arrived", "data-seen") for entry in new):
+                self._tracking.start()  # not before there are workers: to import MLflow would keep Ray from starting
             for entry in entries:
                 self.state.apply(entry.event, entry.time)
             if not self._start_s and any(entry.event.type in ("stage-began", "ended") for entry in new):
                 self._start_s = self.wall_s
             display.show(new)
 
-        self._tracking.start()
         signal.signal(signal.SIGTERM, _interrupt)  # a spot node's notice is worth a Ctrl-C
         try:
             # stdout carries results only: what the user's code prints in this process is progress.

@@ -68,6 +68,7 @@ class Tracking:
 
     def __init__(self, run: Launch, tracking_uri: str | None) -> None:
         self._keepsakes = Keepsakes(run.run_dir)
+        self._began = False
         self._thread = TrackerThread(
             make_tracker(run.run_dir, tracking_uri, self._keepsakes),
             JournalFollower(run.run_dir),
@@ -75,12 +76,15 @@ class Tracking:
         )
 
     def start(self) -> None:
-        """Tell MLflow from now on what the journal tells."""
-        self._thread.start()
-        threading.Thread(target=load_matplotlib, daemon=True).start()
+        """Tell MLflow from now on what the journal tells. Saying so twice is saying it once."""
+        if not self._began:
+            self._began = True
+            self._thread.start()
+            threading.Thread(target=load_matplotlib, daemon=True).start()
 
     def close(self, state: StudyState, timeout_s: float = CLOSE_S) -> SyncReport:
         """Send the rest, and keep the figures and the package in the run directory."""
+        self.start()  # of a study that could not begin, too, MLflow may lack something
         report = self._thread.close(timeout_s)
         if state.opened is not None:
             self._keepsakes.complete(state)

@@ -32,10 +32,10 @@ GROUP_WAIT_S = 1800  # of a collective of `fit`, in which one rank has hung
 
 
 @runtime_checkable
-class SharesData(Protocol):
-    """An executor that can share its data with the other workers of its machine."""
+class Shares(Protocol):
+    """An executor that can share its data, and what it measures, with the other workers of its machine."""
 
-    def share_data(self, folder: Path) -> None: ...
+    def share(self, folder: Path) -> None: ...
 
 
 def host_worker(study: str, namespace: str, launch: Launch, name: str, *, backend: str | None = None) -> None:
@@ -57,12 +57,13 @@ def host_worker(study: str, namespace: str, launch: Launch, name: str, *, backen
 
 
 def _executor(launch: Launch, study: str) -> Executor:
-    """What a process runs jobs with; its data shared with the other processes of this launch on the machine."""
+    """What a process runs jobs with; what it loads and measures shared with the other processes of this launch on the
+    machine."""
     executor = launch.executor()
-    if isinstance(executor, SharesData):
+    if isinstance(executor, Shares):
         folder = launch_folder(study)
         if folder is not None:
-            executor.share_data(folder)
+            executor.share(folder)
     return executor
 
 

@@ -62,6 +62,7 @@ from hpsearch.training.process import borrowed_process, warm_up
 from hpsearch.training.ramp_jobs import run_ramp
 from hpsearch.training.remembered import Remembered
 from hpsearch.training.user_code import describe, frame_told, is_out_of_memory
+from hpsearch.training.width_notes import WidthNotes
 
 REMEMBERED_BYTES = 256 << 20  # of checkpoints made here: asking the driver for them costs a journey
 LIVE_FITS = 4  # generators of a user's `fit` that cannot be paused; each holds a model
@@ -133,9 +134,10 @@ class TorchExecutor:
         self._memory: MemoryGuard | None = None
         self._data_folder: Path | None = None
 
-    def share_data(self, folder: Path) -> None:
-        """Share the data with the other workers of this machine through a folder. Before the data are loaded."""
+    def share(self, folder: Path) -> None:
+        """Share data, and what is measured of lanes, with the other workers of this machine. Before data are loaded."""
         self._data_folder = folder
+        self._lanes.share(WidthNotes(folder, setting=f"{self._device} {self._threads}"))
 
     def join(self, group: Group) -> None:
         """Train in step with the other processes of a group, on its device. Before the data are loaded."""
@@ -159,12 +161,12 @@ class TorchExecutor:
             if self._memory is not None:
                 self._memory.await_room()
         with borrowed_process(self._threads):
+            warm_up()  # not after the data, for which it may have to wait until another worker has them
             metrics: tuple[str, ...] = ()
             if config is not None and not own:
                 metrics = metric_names(self._task, self._data, config, seed=self._study_seed, device=self._device)
             elif self._example is not None and not own and self._metric != "val_loss":
                 metrics = self._metrics_of(self._example)
-            warm_up()
             return replace(self._data.info, metrics=metrics, resumable=not own)
 
     def _metrics_of(self, config: Config) -> tuple[str, ...]:

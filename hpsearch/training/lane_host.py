@@ -26,9 +26,10 @@ from hpsearch.training.lanes import LaneGroup, LanesRefused, Route, best_width, 
 from hpsearch.training.loop import DefaultTraining
 from hpsearch.training.outcome import Curve
 from hpsearch.training.user_code import describe, is_out_of_memory
+from hpsearch.training.width_notes import WidthNotes
 
 MEASURE_AFTER_TRIALS = 2  # of a group, trained by the plain loop: one that nobody follows needs no lanes
-MEASURE_AFTER_S = 0.3  # of their training: measuring takes 0.1 s of a small network, which lanes win back in 0.2 s
+MEASURE_AFTER_S = 0.15  # of their training: as much as measuring takes of a small network, and trying its first program
 MEASURE_AFTER_STEPS = 150  # of theirs: measuring takes some tens of steps of a large one
 MOST_RAMPS = 16  # at once, where nobody says how many lanes
 KEPT_SHARE = 0.25  # of a GPU's memory, for paused trials
@@ -80,7 +81,7 @@ def is_worth_measuring(*, n_trials: int, seconds: float, n_steps: int) -> bool:
     True
     >>> is_worth_measuring(n_trials=1, seconds=60.0, n_steps=9000)
     False
-    >>> is_worth_measuring(n_trials=9, seconds=0.2, n_steps=9000)
+    >>> is_worth_measuring(n_trials=9, seconds=0.1, n_steps=9000)
     False
     >>> is_worth_measuring(n_trials=9, seconds=60.0, n_steps=149)
     False
@@ -98,11 +99,20 @@ class Lanes:
         """
         self._most = most
         self._device = device
+        self._notes = WidthNotes(None)
         self._plans: dict[str, _Plan] = {}
         self._evaluations = EvaluationLanes(most, device)
         self._spent: defaultdict[str, _Spent] = defaultdict(_Spent)  # by group
         self._paused: OrderedDict[int, DefaultTraining] = OrderedDict()  # trials with their state on the device
         self._paused_bytes = 0
+
+    def share(self, notes: WidthNotes) -> None:
+        """Take the widths that other workers of this machine have measured, and tell them those that are measured here.
+
+        On a GPU that depends on the memory that each finds free there, so nothing is shared.
+        """
+        if self._device.type == "cpu":
+            self._notes = notes
 
     def may_take(self, job: Job) -> bool:
         """Whether a job goes into lanes, as far as is known."""
@@ -117,11 +127,19 @@ class Lanes:
         group = group_key(job.config)
         plan = self._plans.get(group)
         if plan is None:
-            spent = self._spent[group]
-            return self._most is not None or is_worth_measuring(
-                n_trials=len(spent.trials), seconds=spent.seconds, n_steps=spent.n_steps
-            )
+            return self._most is not None or self._is_known(group) or self._is_worth_measuring(group)
         return plan.width > 1
+
+    def _is_known(self, group: str) -> bool:
+        """Whether another worker has measured that lanes pay; what does not pay is taken as a plan at once."""
+        width = self._notes.read(group)
+        if width == 1:
+            self._plans[group] = _Plan(width=1)
+        return width is not None and width > 1
+
+    def _is_worth_measuring(self, group: str) -> bool:
+        spent = self._spent[group]
+        return is_worth_measuring(n_trials=len(spent.trials), seconds=spent.seconds, n_steps=spent.n_steps)
 
     def trained_plainly(self, job: Job, result: Result, n_steps_of: Callable[[TrainJob], int]) -> None:
         """A job was done by the plain loop.
@@ -214,12 +232,15 @@ class Lanes:
         for plan in self._plans.values():
             plan.like = None
 
-    def _plan(self, training: DefaultTraining, plain: Plain) -> _Plan:
+    def _plan(self, group: str, training: DefaultTraining, plain: Plain) -> _Plan:
         """How a group is trained. Whatever measuring raises, the plain loop tells better: one by one, then."""
         try:
             route, why = find_route([training])
             if route is not None:
-                width = self._most or best_width([training], route=route).lanes
+                width = self._most or self._notes.read(group)
+                if width is None:
+                    width = best_width([training], route=route).lanes
+                    self._notes.write(group, width)
                 return _Plan(width=width, route=route)
         except Exception as error:
             why, no_memory = f"to measure what lanes gain raised {describe(error)}", is_out_of_memory(error)
@@ -276,7 +297,7 @@ class _Host:
         if isinstance(training, Result):
             return training
         with self._plain.at_work([job]):
-            plan = self._lanes._plan(training, self._plain)
+            plan = self._lanes._plan(self.group, training, self._plain)
         self._lanes._plans[self.group] = plan
         if plan.width > 1:
             self._lanes._pause(job, training)

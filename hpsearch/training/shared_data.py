@@ -2,8 +2,8 @@
 
 Nothing may come of it but time and memory. So data are shared only where nothing else can tell the difference: tensors
 or arrays (not Datasets, whose items are code), large or slow enough to be worth it, and from a `data()` that left no
-trace on its task, module or process, which a worker that does not call it would miss. Whatever else goes wrong, a
-worker calls `data()` itself.
+trace on its task, module or process, which a worker that does not call it would miss; numbers that it left on its task,
+as `self.n_inputs`, go with the data. Whatever else goes wrong, a worker calls `data()` itself.
 
 A file holds the bytes of one tensor and nothing else, so it begins at the start of a page, aligned for any kernel;
 shapes and types stand beside in JSON. It is mapped privately: what a worker writes into its tensors is its own, page by
@@ -32,7 +32,7 @@ from hpsearch.task import Task
 from hpsearch.training.splits import ReadSplits, Rows, Split
 
 WORTH_BYTES = 32 << 20  # below it, and
-WORTH_S = 2.0  # quicker than this, every worker calls data() itself
+WORTH_S = 0.25  # quicker than this, every worker calls data() itself; the others wait for the first in any case
 NOTE = "data.json"
 LOCK = "loading.lock"
 
@@ -51,7 +51,7 @@ def shared_splits(folder: Path, task: Task, read: Callable[[], ReadSplits]) -> R
         note = _read_note(folder)
         if note is None:
             return _read_and_share(folder, task, read)
-    return (_mapped(folder, note) if note["why_not"] == "" else None) or read()
+    return (_mapped(folder, note, task) if note["why_not"] == "" else None) or read()
 
 
 def why_not_shared(splits: ReadSplits, *, seconds: float, left_traces: bool, free_bytes: int) -> str:
@@ -78,20 +78,32 @@ def why_not_shared(splits: ReadSplits, *, seconds: float, left_traces: bool, fre
 
 
 def traces(task: Task) -> tuple[object, ...]:
-    """What code besides data() can see of it, to be compared before and after: the attributes of the task, its classes
-    and their modules, the items of lists, dicts and sets among them, whether tensors were written to; the environment;
-    torch's default dtype."""
-    places: list[dict[str, Any]] = [vars(task)] if hasattr(task, "__dict__") else []
+    """What code besides data() can see of it, to be compared before and after: the attributes of the task that are not
+    numbers, its classes and their modules, with the items of lists, dicts and sets among all these, and whether tensors
+    were written to; torch's default dtype; the environment, but for what scikit-learn tells OpenMP when it is
+    imported."""
+    numbers = _numbers(task)
+    places = [{name: value for name, value in _attributes(task).items() if name not in numbers}]
     for cls in type(task).__mro__:
         if cls in (Task, object):
             break
         module = sys.modules.get(cls.__module__)
         places += [dict(vars(cls)), {} if module is None else vars(module)]
-    seen: list[object] = [torch.get_default_dtype(), dict(os.environ)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("KMP_")}
+    seen: list[object] = [torch.get_default_dtype(), environment]
     for place in places:
         for name, value in list(place.items()):
             seen.append((name, *_glance(value)))
     return tuple(seen)
+
+
+def _attributes(task: Task) -> dict[str, Any]:
+    return vars(task) if hasattr(task, "__dict__") else {}
+
+
+def _numbers(task: Task) -> dict[str, float]:
+    """The task's attributes that are numbers."""
+    return {name: value for name, value in _attributes(task).items() if type(value) in (bool, int, float)}
 
 
 def _glance(value: object) -> tuple[object, ...]:
@@ -119,21 +131,21 @@ class _Same:
 
 
 def _read_and_share(folder: Path, task: Task, read: Callable[[], ReadSplits]) -> ReadSplits:
-    before, started = traces(task), time.perf_counter()
+    before, numbers, started = traces(task), _numbers(task), time.perf_counter()
     splits = read()
     seconds = time.perf_counter() - started
     try:
         why_not = why_not_shared(
             splits,
             seconds=seconds,
-            left_traces=traces(task) != before,
+            left_traces=traces(task) != before or not numbers.keys() <= _numbers(task).keys(),
             free_bytes=shutil.disk_usage(folder).free,
         )
-        note = {"why_not": why_not} if why_not else _write(folder, splits)
+        note = {"why_not": why_not} if why_not else _write(folder, splits) | {"numbers": _numbers(task)}
         _write_note(folder, note)
     except OSError:  # the next worker is the first
         return splits
-    return splits if why_not else _mapped(folder, note) or splits  # mapped here too: one copy for all
+    return splits if why_not else _mapped(folder, note, task) or splits  # mapped here too: one copy for all
 
 
 def _write(folder: Path, splits: ReadSplits) -> dict[str, Any]:
@@ -156,8 +168,8 @@ def _write(folder: Path, splits: ReadSplits) -> dict[str, Any]:
     return {"why_not": "", "splits": described, "outputs": splits.outputs, "n_classes": splits.n_classes}
 
 
-def _mapped(folder: Path, note: dict[str, Any]) -> ReadSplits | None:
-    """The splits that a note describes; None when its files are not what it says."""
+def _mapped(folder: Path, note: dict[str, Any], task: Task) -> ReadSplits | None:
+    """The splits that a note describes, with the numbers on the task; None when the files are not what it says."""
     try:
         by_name: dict[str, Split] = {
             name: Rows(
@@ -167,7 +179,9 @@ def _mapped(folder: Path, note: dict[str, Any]) -> ReadSplits | None:
             )
             for name, split in note["splits"].items()
         }
-        return ReadSplits(by_name=by_name, outputs=note["outputs"], n_classes=note["n_classes"])
+        splits = ReadSplits(by_name=by_name, outputs=note["outputs"], n_classes=note["n_classes"])
+        _attributes(task).update(note["numbers"])
+        return splits
     except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError):
         return None
 

@@ -22,7 +22,8 @@ from hpsearch.training.user_code import is_out_of_memory
 
 WIDTHS = (2, 4, 8, 16, 32, 64)
 GAIN = 1.2  # lanes are worth their trouble from here on: a lane that ends early leaves its place empty for an epoch
-NEARLY = 0.95  # of the best: the narrowest such width is taken, since it fills sooner and holds less memory
+NEARLY = 0.9  # of the best: the narrowest such width is taken, since it fills sooner and holds less memory
+WIDER = 1.05  # times the rate of the width before: what makes a wider one worth measuring after it
 QUICK_STEPS_PER_S = 500.0  # of the plain loop: from here on few lanes are passed over at first
 FIRST_IF_QUICK = 8
 LONGEST_S = 0.5  # of measuring; whoever is this slow has little to gain
@@ -71,7 +72,8 @@ def choose_width(measured: Sequence[Measurement], *, free_bytes: int | None = No
     best = max((found.steps_per_s for found in fits), default=0.0)
     if best < GAIN * plain:
         return 1
-    return min(found.lanes for found in fits if found.steps_per_s >= NEARLY * best)
+    enough = max(GAIN * plain, NEARLY * best)
+    return min(found.lanes for found in fits if found.steps_per_s >= enough)
 
 
 def next_width(measured: Sequence[Measurement], widths: Sequence[int] = WIDTHS) -> int | None:
@@ -99,7 +101,7 @@ def next_width(measured: Sequence[Measurement], widths: Sequence[int] = WIDTHS) 
     if last == widest:
         wider = [width for width in widths if width > widest]
         pays = fused[widest] >= GAIN * plain.steps_per_s or min(fused) == min(widths)
-        if wider and pays and NEARLY * fused[widest] >= before:
+        if wider and pays and fused[widest] >= WIDER * before:
             return wider[0]
     if max(fused.values()) >= GAIN * plain.steps_per_s:
         return None
