@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import queue
 import threading
 import time as time_module
@@ -81,6 +82,7 @@ class Study:
         self._unheard: set[str] = set()  # workers of the journal that have not spoken to this process yet
         self._pushed: set[str] = set()  # keys whose result is being kept
         self._gone: set[str] = set()  # workers that were lost and have not come back
+        self._asking: set[str] = set()  # workers that have asked this process for jobs, and are not gone
         self._lives: Counter[str] = Counter()  # how often a worker of this name has arrived
         self._arrivals: Counter[str] = Counter()  # since it last got as far as its data
         self._unkept: Counter[str] = Counter()  # results of a worker that do not count yet
@@ -191,6 +193,7 @@ class Study:
             life = self._lives[worker]
             self._unheard.discard(worker)
             self._gone.discard(worker)  # who asks for work is alive
+            self._asking.add(worker)
             while True:
                 if self._ended:
                     return Assignment(ended=True)
@@ -278,6 +281,7 @@ class Study:
                 self._blame(worker, reason)
             self._let_go(worker, reason)
             self._gone.add(worker)
+            self._asking.discard(worker)
             self._unheard.discard(worker)
             self._changed.notify_all()
 
@@ -356,6 +360,8 @@ class Study:
         held = self._held_by(worker) if self._suspects else []
         if any(lease.key in self._suspects for lease in held):
             return ()
+        if beside is not None:
+            slots = min(slots, self._fair_share(worker, slots))
         while len(jobs) < slots:
             job = self._next_job(worker, beside)
             if job is None or (jobs and beside is None and not _alike(jobs[0], job)):
@@ -375,6 +381,14 @@ class Study:
             if beside is None and self._delivered.get(worker, _sort(job.key)) != _sort(job.key):
                 break  # how short its jobs are was measured on others
         return tuple(jobs)
+
+    def _fair_share(self, worker: str, slots: int) -> int:
+        """How many more lanes the worker may fill: the last new trials are not all for whoever asks first."""
+        left = sum(stage.n_to_begin for stage in self._open_stages() if isinstance(stage, Search))
+        if not left or left >= slots * len(self._asking):
+            return slots
+        share = math.ceil((left + len(self._state.leases)) / len(self._asking))
+        return max(0, share - len(self._held_by(worker)))
 
     def _neighbours(self, worker: str) -> list[Leased]:
         """What is being run on the worker's node, by itself too; told only when a job has done harm."""

@@ -885,6 +885,23 @@ def test_lanes_take_no_more_than_the_budget(make: Callable[..., Study]) -> None:
     assert len(study.pull("a", 8, beside=first).jobs) == 2
 
 
+def test_last_new_trials_are_shared_among_the_workers_that_ask(make: Callable[..., Study]) -> None:
+    study = make("search.trials=12")
+    study.hello("a", INFO)
+    first, second = take(study, "a"), take(study, "b")
+    assert len(study.pull("a", 3, beside=first).jobs) == 3  # more are left than both could take
+    assert len(study.pull("a", 7, beside=first).jobs) == 2  # with it half of the twelve
+    assert len(study.pull("b", 7, beside=second).jobs) == 5
+    study.lost("b")
+    assert len(study.pull("a", 7, beside=first).jobs) == 6
+
+
+def test_one_worker_alone_takes_all_that_its_lanes_hold(make: Callable[..., Study]) -> None:
+    study = make("search.trials=12")
+    study.hello("a", INFO)
+    assert len(study.pull("a", 64, beside=take(study, "a")).jobs) == 11
+
+
 # Disk
 
 

@@ -215,6 +215,13 @@ class Search:
 
     # New trials
 
+    @property
+    def n_to_begin(self) -> int:
+        """Sampled trials that nobody was given yet."""
+        if self._out_of_budget:
+            return 0
+        return max(0, self._settings.n_trials - (len(self._state.trials) - len(self._baselines)))
+
     def _has_new(self) -> bool:
         return bool(self._waiting) or self._next_number < self._sampled_below or self._new_baseline() is not None
 
