@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -49,6 +50,7 @@ MakePackage = Callable[[StudyState, Mapping[int, str]], Path | None]
 MakePlots = Callable[[Topic, StudyState], Mapping[str, bytes]]
 """PNGs by file name."""
 
+REST = 4.0  # times the processor's time that it took: between two batches, where a session's priority is out of reach
 NICE = 19  # last: Ray gives its workers 15. What is left over is enough, and all of it comes once the search is over
 HTTP_THREADS = 4  # measured: 199 ms per trial one at a time, 95 with 8; a local SQLite file takes one at a time
 
@@ -478,9 +480,11 @@ class TrackerThread:
             found = _mark(self._tracker.run_dir, state)
             # A look at 10,000 trials takes 12 ms from the workers of this machine, so it is asked for a reason.
             was_behind = self._report.error is not None
+            began = time.thread_time()
             if last or was_behind or found != seen:
                 self._report = self._attempt(state)
                 seen = found
+            worked_s = time.thread_time() - began
             # Once is no outage: a connection that the server gave up while it was idle fails, and the next is new.
             if last and self._report.out_of_reach and not was_behind:
                 self._report = self._attempt(state)
@@ -490,7 +494,8 @@ class TrackerThread:
                 return
             behind = self._report.error is not None
             pause_s = min(self._max_pause_s, 2 * pause_s) if behind else self._interval_s
-            self._stopping.wait(pause_s)
+            # The workers of this machine need its cores, and MLflow can wait.
+            self._stopping.wait(max(pause_s, min(self._max_pause_s, REST * worked_s)))
 
     def _attempt(self, state: StudyState) -> SyncReport:
         """What nobody foresaw counts as an outage: most of it passes, and the study has hours to go."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +109,7 @@ class Masks:
         self._plan: tuple[Drawn, ...] = ()
         self._held: list[Tensor] = []  # of each call, (S, L, *shape)
         self._keeps: list[Tensor] = []
+        self._shares: list[_Shares] = []  # of each call, where they are what masks are drawn from
         self._next = 0  # step within the block
         self._n_block = 0
 
@@ -142,21 +144,73 @@ class Masks:
                 for call in plan
             ]
             self._keeps = [self._keep(call) for call in plan]
+            drawn_by_shares = self._device.type == "cpu" and bernoulli_compares_shares()
+            self._shares = [_Shares(self._of(call), held) for call, held in zip(plan, self._held, strict=True)]
+            self._shares = self._shares if drawn_by_shares else []
         self._next = 0
+        for shares in self._shares:
+            shares.draw(self._generators)
+        if self._shares:
+            return
         for call, held, keep in zip(plan, self._held, self._keeps, strict=True):
-            for lane, generator in enumerate(self._generators):
-                p = self._rates[lane][call.layer]
+            for p, lane, generator in zip(self._of(call), range(n_lanes), self._generators, strict=True):
                 if 0.0 < p < 1.0:
                     held[:, lane].bernoulli_(1.0 - p, generator=generator)
                 elif p == 1.0:
                     held[:, lane].zero_()
             held.div_(keep)
 
+    def _of(self, call: Drawn) -> list[float]:
+        """The rate of a call's layer in each lane."""
+        return [rates[call.layer] for rates in self._rates]
+
     def _keep(self, call: Drawn) -> Tensor:
         """What a mask is divided by: the probability of a one, where there is anything to scale."""
-        keeps = [1.0 - rates[call.layer] if 0.0 < rates[call.layer] < 1.0 else 1.0 for rates in self._rates]
+        keeps = [1.0 - p if 0.0 < p < 1.0 else 1.0 for p in self._of(call)]
         shape = (len(keeps), *(1 for _ in call.shape))
         return torch.tensor(keeps, dtype=call.dtype, device=self._device).reshape(shape)
+
+
+class _Shares:
+    """Masks of one call drawn as `bernoulli_` draws them, in half of its time: a share of [0, 1) for each value, all of
+    which are then compared at once."""
+
+    def __init__(self, rates: Sequence[float], held: Tensor) -> None:
+        """
+        Args:
+            rates: of each lane.
+            held: (1, L, *shape), dense in each lane; what is drawn goes there, scaled.
+        """
+        self._drawing = [lane for lane, p in enumerate(rates) if 0.0 < p < 1.0]
+        self._held = held[0]
+        # Torch draws in the order of memory, so the strides are the mask's.
+        self._shares = torch.empty_strided(self._held.shape, self._held.stride(), dtype=torch.float64).zero_()
+        n = self._held[0].numel()
+        self._flat = self._shares.as_strided((len(rates), n), (n, 1))
+        column = (len(rates), *(1 for _ in self._held.shape[1:]))
+        kept = [1.0 - p if 0.0 < p < 1.0 else 2.0 * (p <= 0.0) for p in rates]  # of what is not drawn: all, or none
+        self._kept = torch.tensor(kept, dtype=torch.float64).reshape(column)
+        wide = torch.float64 if held.dtype == torch.float64 else torch.float32  # in which torch divides by a number
+        scale = 1.0 / torch.tensor([1.0 - p if 0.0 < p < 1.0 else 1.0 for p in rates], dtype=wide)
+        self._scale = scale.to(held.dtype).reshape(column)
+
+    def draw(self, generators: Sequence[torch.Generator]) -> None:
+        for lane in self._drawing:
+            self._flat[lane].uniform_(generator=generators[lane])
+        torch.lt(self._shares, self._kept, out=self._held)
+        self._held.mul_(self._scale)
+
+
+@cache
+def bernoulli_compares_shares() -> bool:
+    """Whether torch's `bernoulli_` on this CPU is a comparison with what `uniform_` draws; MKL's, on Intel, is not."""
+    for n in (7, 5_000):  # vectors, and several threads' worth
+        first, second = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+        wanted = torch.empty(n).bernoulli_(0.3, generator=first)
+        shares = torch.empty(n, dtype=torch.float64).uniform_(generator=second)
+        if not torch.equal(wanted, (shares < 0.3).float()) or not torch.equal(first.get_state(), second.get_state()):
+            return False
+    return True
 
 
 def recorded(layers: Sequence[LaneDropout], forward: Callable[[], object]) -> tuple[Drawn, ...]:
