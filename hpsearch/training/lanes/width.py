@@ -23,7 +23,7 @@ from hpsearch.training.user_code import is_out_of_memory
 WIDTHS = (2, 4, 8, 16, 32, 64)
 GAIN = 1.2  # lanes are worth their trouble from here on: a lane that ends early leaves its place empty for an epoch
 NEARLY = 0.9  # of the best: the narrowest such width is taken, since it fills sooner and holds less memory
-WIDER = 1.05  # times the rate of the width before: what makes a wider one worth measuring after it
+WIDER = 1.15  # times the rate of the width before; where a width gained less, the next is not within NEARLY's reach
 QUICK_STEPS_PER_S = 500.0  # of the plain loop: from here on few lanes are passed over at first
 FIRST_IF_QUICK = 8
 LONGEST_S = 0.5  # of measuring; whoever is this slow has little to gain
@@ -79,7 +79,7 @@ def choose_width(measured: Sequence[Measurement], *, free_bytes: int | None = No
 def next_width(measured: Sequence[Measurement], widths: Sequence[int] = WIDTHS) -> int | None:
     """The width that is worth measuring next; None when there is none.
 
-    Wider as long as that gains 5 %. A quick network, which spends its time on launching operations, begins with eight
+    Wider as long as that gains 15 %. A quick network, which spends its time on launching operations, begins with eight
     lanes, and is asked about fewer only where eight do not pay; a slow one begins with the fewest, since each step of
     eight would take as long as eight of its own.
 
