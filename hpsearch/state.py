@@ -76,6 +76,7 @@ class StudyState:
     worked_s: float = 0.0  # seconds that earlier drivers were at work
     data: DataInfo | None = None
     trials: dict[int, TrialRecord] = field(default_factory=dict)
+    baselines: list[int] = field(default_factory=list)  # trials of the user's own configs, in the order of drawing
     ranges: list[RangeMeasured] = field(default_factory=list)  # one per branch
     range_edits: int = 0  # how often all ranges were given up, since what they were concluded from was edited
     ramp_epochs: float = 0.0  # trained by all ramps and probes, also by those whose settings were edited since
@@ -108,7 +109,7 @@ class StudyState:
     _busy_s: float = 0.0  # of all workers together, up to their last lease that ended
     _busy_since: dict[str, float] = field(default_factory=dict)  # worker -> when it had nothing to do last
     _busy_since_sum: float = 0.0  # of these times, counted from `opened_at`
-    _n_held: Counter[str] = field(default_factory=Counter)  # worker -> jobs in its hands
+    n_held: Counter[str] = field(default_factory=Counter)  # worker -> jobs in its hands
     _metric: str = "val_loss"
     _sign: float = 1.0
     _max_epochs: int = 0
@@ -196,12 +197,10 @@ class StudyState:
     def own_trial(self) -> TrialRecord | None:
         """The trial of the user's own config, of the present one where it was edited; None where there is none."""
         baseline = self.opened.spec.get("baseline") if self.opened is not None else None
-        own = [trial for trial in self.trials.values() if trial.baseline]
         if not isinstance(baseline, Mapping):
             return None
-        return next(
-            (trial for trial in reversed(own) if all(trial.config.get(k) == v for k, v in baseline.items())), None
-        )
+        own = (self.trials[number] for number in reversed(self.baselines))
+        return next((trial for trial in own if all(trial.config.get(k) == v for k, v in baseline.items())), None)
 
     @property
     def leaders(self) -> tuple[int, ...]:
@@ -289,6 +288,8 @@ class StudyState:
             case RangeMeasured():
                 self.ranges = [*(found for found in self.ranges if found.branch != event.branch), event]
             case TrialDrawn():
+                if event.baseline:
+                    self.baselines.append(event.trial)
                 self.trials[event.trial] = TrialRecord(
                     number=event.trial,
                     config=event.config,
@@ -426,7 +427,7 @@ class StudyState:
         self.leases[event.key] = event
         self.returned.discard(event.key)
         self.n_leased_epochs += event.to_epoch - event.from_epoch + fresh_epochs(event.key)
-        self._n_held[event.worker] += 1
+        self.n_held[event.worker] += 1
         if event.worker not in self._busy_since:
             self._busy_since[event.worker] = time
             self._busy_since_sum += time - self.opened_at
@@ -444,8 +445,8 @@ class StudyState:
         if lease is None:
             return
         self.n_leased_epochs -= lease.to_epoch - lease.from_epoch + fresh_epochs(key)
-        self._n_held[lease.worker] -= 1
-        if not self._n_held[lease.worker]:
+        self.n_held[lease.worker] -= 1
+        if not self.n_held[lease.worker]:
             since = self._busy_since.pop(lease.worker)
             self._busy_s += time - since
             self._busy_since_sum -= since - self.opened_at

@@ -388,7 +388,7 @@ class Study:
         if not left or left >= slots * len(self._asking):
             return slots
         share = math.ceil((left + len(self._state.leases)) / len(self._asking))
-        return max(0, share - len(self._held_by(worker)))
+        return max(0, share - self._state.n_held[worker])
 
     def _neighbours(self, worker: str) -> list[Leased]:
         """What is being run on the worker's node, by itself too; told only when a job has done harm."""

@@ -80,7 +80,6 @@ class Search:
         self._below_end: set[str] = set()  # leases that end at a rung
         self._to_end: set[str] = set()  # leases that end at the last epoch
         self._of_baseline: set[str] = set()  # leases of the user's own config, wherever they end
-        self._baselines: set[int] = set()  # trials of the user's own configs: more than one where it was edited
         self._n_complete = 0
         self._out_of_budget = False
 
@@ -93,8 +92,6 @@ class Search:
             case Opened():
                 self._open(event)
             case TrialDrawn():
-                if event.baseline:
-                    self._baselines.add(event.trial)
                 self._count_drawn(event.trial)
                 self._sampler.restore(event.trial, event.config)
             case Finished(trial=int()):
@@ -220,7 +217,7 @@ class Search:
         """Sampled trials that nobody was given yet."""
         if self._out_of_budget:
             return 0
-        return max(0, self._settings.n_trials - (len(self._state.trials) - len(self._baselines)))
+        return max(0, self._settings.n_trials - (len(self._state.trials) - len(self._state.baselines)))
 
     def _has_new(self) -> bool:
         return bool(self._waiting) or self._next_number < self._sampled_below or self._new_baseline() is not None
@@ -228,7 +225,7 @@ class Search:
     @property
     def _sampled_below(self) -> int:
         """Numbers from here on are no sampled trial's: those of the user's own configs are passed over."""
-        return sampled_below(self._settings.n_trials, self._baselines)
+        return sampled_below(self._settings.n_trials, self._state.baselines)
 
     @property
     def _n_known(self) -> int:
@@ -239,7 +236,7 @@ class Search:
     def _new_baseline(self) -> tuple[int, Config] | None:
         """The user's own config, under the first number beyond all others, unless it was drawn."""
         config = self._settings.baseline
-        if config is None or any(same_config(config, self._state.trials[n].config) for n in self._baselines):
+        if config is None or any(same_config(config, self._state.trials[n].config) for n in self._state.baselines):
             return None
         return max(self._sampled_below, self._highest + 1), config
 
