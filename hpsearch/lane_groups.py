@@ -9,6 +9,8 @@ for the loop's own numbers, and the worker compares the networks themselves befo
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 
 from hpsearch.job import Config, EvaluateJob, Job, RampJob, TrainJob
 
@@ -26,6 +28,16 @@ def group_key(config: Config) -> str:
     """
     kept = {key: value for key, value in config.items() if key not in LANE_KEYS and not isinstance(value, float)}
     return json.dumps(kept, sort_keys=True)
+
+
+def group_sizes(configs: Sequence[Config], n_trials: int) -> dict[str, float]:
+    """How many of a study's trials are of each group, estimated from some of their configs.
+
+    >>> group_sizes([{"width": 64, "lr": 0.1}, {"width": 64, "lr": 0.2}, {"width": 8, "lr": 0.1}], 300)
+    {'{"width": 64}': 200.0, '{"width": 8}': 100.0}
+    """
+    counts = Counter(group_key(config) for config in configs)
+    return {group: count * n_trials / len(configs) for group, count in counts.items()}
 
 
 def may_share(first: Job, other: Job) -> bool:

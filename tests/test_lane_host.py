@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hpsearch.errors import UserCodeError
 from hpsearch.job import Config, Job, RampJob, Result, TrainJob, train_key
+from hpsearch.lane_groups import group_key
 from hpsearch.task import Splits, Task
 from hpsearch.training.checkpoint import Checkpoint, pack, unpack
 from hpsearch.training.executor import TorchExecutor
@@ -68,8 +69,12 @@ def job(trial: int, from_epoch: int, to_epoch: int, checkpoint: str | None = Non
 class Bench:
     """An executor, and a line of jobs for its free lanes."""
 
-    def __init__(self, lanes: int | None, task: Task | None = None) -> None:
-        self.executor = TorchExecutor(task or Classes(), study_seed=0, device="cpu", lanes=lanes)
+    def __init__(
+        self, lanes: int | None, task: Task | None = None, *, group_sizes: Mapping[str, float] | None = None
+    ) -> None:
+        self.executor = TorchExecutor(
+            task or Classes(), study_seed=0, device="cpu", lanes=lanes, group_sizes=group_sizes
+        )
         self.blobs: dict[str, bytes] = {}
         self.fetched: list[str] = []
         self.asked: list[int] = []
@@ -258,6 +263,19 @@ def test_nothing_is_measured_before_a_group_has_been_trained_for_a_while(monkeyp
     assert measured == [2]
     bench.run(job(4, 0, 1))
     assert measured == [2]
+
+
+def test_group_of_which_much_is_to_come_is_measured_after_its_first_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpsearch.training.lane_host.best_width", lambda *_, **__: Width(lanes=2, measured=()))
+    monkeypatch.setattr("hpsearch.training.lane_host.MEASURE_FOR_STEPS", 1)
+    many, few = Bench(None, group_sizes={group_key(job(0, 0, 1).config): 1e9}), Bench(None)
+    for bench in (many, few):
+        bench.run(job(0, 0, 1))
+        assert not bench.executor.fills(job(2, 0, 1))
+        bench.run(job(1, 0, 1))
+    assert many.executor.fills(job(2, 0, 1))
+    assert not many.executor.fills(job(2, 0, 1, width=8))
+    assert not few.executor.fills(job(2, 0, 1))
 
 
 def test_what_one_worker_has_measured_the_others_of_its_machine_take(

@@ -6,9 +6,12 @@ from pathlib import Path
 
 from hpsearch.corners import corners
 from hpsearch.errors import UserCodeError
+from hpsearch.lane_groups import group_sizes
 from hpsearch.sampler import RandomSampler, Sampler, SobolSampler
 from hpsearch.spec import Spec
 from hpsearch.worker import Executor
+
+GROUPS_FROM = 256  # configs, drawn when a worker begins: some milliseconds
 
 
 def make_sampler(spec: Spec) -> Sampler:
@@ -54,6 +57,14 @@ def make_executor(spec: Spec, folder: Path) -> Executor:
         goal=spec.metric.goal,
         shuffle=spec.shuffle,
         lanes=None if spec.resources.lanes == "auto" else spec.resources.lanes,
+        group_sizes=_group_sizes(spec) if spec.resources.lanes == "auto" else None,
         guard_memory=guard_of(min(gpus, 1.0)),
         example=next(iter(corners(spec.space, spec.per).values()), None),
     )
+
+
+def _group_sizes(spec: Spec) -> dict[str, float]:
+    """Trials of each group in the study, from its first configs; of tpe, from those of a random search."""
+    sampler = RandomSampler(spec.space, spec.seed)
+    drawn = (sampler.config(number, lambda _: {}) for number in range(min(spec.search.trials, GROUPS_FROM)))
+    return group_sizes([config for config in drawn if config is not None], spec.search.trials)

@@ -14,7 +14,7 @@ import gc
 import math
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +91,7 @@ class TorchExecutor:
         goal: Literal["minimize", "maximize"] = "minimize",
         shuffle: bool = True,
         lanes: int | None = 1,
+        group_sizes: Mapping[str, float] | None = None,
         should_stop: Callable[[], bool] | None = None,
         guard_memory: Callable[[torch.device], MemoryGuard | None] | None = None,
         example: Config | None = None,
@@ -107,6 +108,7 @@ class TorchExecutor:
             goal: whether that metric is minimised.
             shuffle: whether training rows come in another order each epoch.
             lanes: most trials that share a program; None: as many as are measured to pay.
+            group_sizes: trials of each group (`lane_groups`) in the whole study, as far as is known.
             should_stop: asked between epochs; when it says yes, `run` ends without a result for the job at hand.
             example: a config of the study, whose untrained model tells whether the study's metric is one of the task's;
                 None: only training will tell.
@@ -128,7 +130,7 @@ class TorchExecutor:
         self._remembered = Remembered(REMEMBERED_BYTES)
         self._live: OrderedDict[int, OwnTraining] = OrderedDict()
         self._group: Group | None = None
-        self._lanes = Lanes(1 if has_own_fit(task) else lanes, self._device)
+        self._lanes = Lanes(1 if has_own_fit(task) else lanes, self._device, group_sizes)
         self._guard_memory = guard_memory
         self._example = example
         self._memory: MemoryGuard | None = None

@@ -8,7 +8,7 @@ steps, so nothing is measured before a group has been trained for a while: most 
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -31,6 +31,8 @@ from hpsearch.training.width_notes import WidthNotes
 MEASURE_AFTER_TRIALS = 2  # of a group, trained by the plain loop: one that nobody follows needs no lanes
 MEASURE_AFTER_S = 0.15  # of their training: as much as measuring takes of a small network, and trying its first program
 MEASURE_AFTER_STEPS = 150  # of theirs: measuring takes some tens of steps of a large one
+MEASURE_FOR_S = 2.0  # that the rest of the group, as far as is known, would take the plain loop: then at once
+MEASURE_FOR_STEPS = 50  # of those that were trained, at least
 MOST_RAMPS = 16  # at once, where nobody says how many lanes
 KEPT_SHARE = 0.25  # of a GPU's memory, for paused trials
 KEPT_BYTES_CPU = 256 << 20
@@ -74,8 +76,15 @@ class _Spent:
     n_steps: int = 0
 
 
-def is_worth_measuring(*, n_trials: int, seconds: float, n_steps: int) -> bool:
-    """Whether a group has been trained for long enough by the plain loop for lanes to be measured.
+def is_worth_measuring(*, n_trials: int, seconds: float, n_steps: int, n_expected: float = 0.0) -> bool:
+    """Whether lanes are to be measured for a group: the plain loop has trained it for as long as measuring takes, or
+    what is to come of it would take much longer.
+
+    Args:
+        n_trials: of the group, that this worker has trained by the plain loop.
+        seconds: that they took.
+        n_steps: of theirs.
+        n_expected: trials of the group in the whole study.
 
     >>> is_worth_measuring(n_trials=2, seconds=0.5, n_steps=150)
     True
@@ -85,19 +94,27 @@ def is_worth_measuring(*, n_trials: int, seconds: float, n_steps: int) -> bool:
     False
     >>> is_worth_measuring(n_trials=9, seconds=60.0, n_steps=149)
     False
+    >>> is_worth_measuring(n_trials=2, seconds=0.05, n_steps=80, n_expected=100)
+    True
     """
-    return n_trials >= MEASURE_AFTER_TRIALS and seconds >= MEASURE_AFTER_S and n_steps >= MEASURE_AFTER_STEPS
+    if n_trials < MEASURE_AFTER_TRIALS:
+        return False
+    if seconds >= MEASURE_AFTER_S and n_steps >= MEASURE_AFTER_STEPS:
+        return True
+    return n_steps >= MEASURE_FOR_STEPS and seconds / n_trials * (n_expected - n_trials) >= MEASURE_FOR_S
 
 
 class Lanes:
     """The lanes of one worker, over its life."""
 
-    def __init__(self, most: int | None, device: torch.device) -> None:
+    def __init__(self, most: int | None, device: torch.device, group_sizes: Mapping[str, float] | None = None) -> None:
         """
         Args:
             most: lanes that are asked for, whether they pay or not; None: as many as pay.
+            group_sizes: trials of each group in the whole study, as far as is known.
         """
         self._most = most
+        self._group_sizes = group_sizes or {}
         self._device = device
         self._notes = WidthNotes(None)
         self._plans: dict[str, _Plan] = {}
@@ -139,7 +156,12 @@ class Lanes:
 
     def _is_worth_measuring(self, group: str) -> bool:
         spent = self._spent[group]
-        return is_worth_measuring(n_trials=len(spent.trials), seconds=spent.seconds, n_steps=spent.n_steps)
+        return is_worth_measuring(
+            n_trials=len(spent.trials),
+            seconds=spent.seconds,
+            n_steps=spent.n_steps,
+            n_expected=self._group_sizes.get(group, 0.0),
+        )
 
     def trained_plainly(self, job: Job, result: Result, n_steps_of: Callable[[TrainJob], int]) -> None:
         """A job was done by the plain loop.
