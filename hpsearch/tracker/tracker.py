@@ -50,7 +50,7 @@ MakePackage = Callable[[StudyState, Mapping[int, str]], Path | None]
 MakePlots = Callable[[Topic, StudyState], Mapping[str, bytes]]
 """PNGs by file name."""
 
-REST = 4.0  # times the processor's time that it took: between two batches, where a session's priority is out of reach
+REST = 9.0  # times the processor's time that it took: between two batches, where a session's priority is out of reach
 NICE = 19  # last: Ray gives its workers 15. What is left over is enough, and all of it comes once the search is over
 HTTP_THREADS = 4  # measured: 199 ms per trial one at a time, 95 with 8; a local SQLite file takes one at a time
 

@@ -6,8 +6,9 @@ same number of steps for both. Between two epochs lanes may leave and others joi
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -19,12 +20,12 @@ from hpsearch.training.lanes.epochs import epoch_masks, epoch_rates, fused, mean
 from hpsearch.training.lanes.feed import lane_batches
 from hpsearch.training.lanes.forward import Forward, Route
 from hpsearch.training.lanes.likeness import can_fuse
+from hpsearch.training.lanes.measures import lane_metrics
 from hpsearch.training.lanes.predictions import split_outputs
 from hpsearch.training.lanes.refusal import LanesRefused
 from hpsearch.training.lanes.stack import Stack
 from hpsearch.training.lanes.step import Step
 from hpsearch.training.loop import DefaultTraining, require_finite
-from hpsearch.training.measure import output_metrics
 
 
 class LaneGroup:
@@ -96,9 +97,11 @@ class LaneGroup:
             with refusing(), fused(lanes):
                 losses = self._train(lanes)
                 outputs, target = split_outputs(self._forward, lanes[0].data, "val", len(lanes))
+                sound = [math.isfinite(loss) for loss in losses]
+                measured = lane_metrics([lane.task for lane in lanes], outputs, target, sound)
                 results = {
-                    lane.trial: self._result(lane, losses[place], outputs[place], target)
-                    for place, lane in enumerate(lanes)
+                    lane.trial: _result(loss, metrics)
+                    for lane, loss, metrics in zip(lanes, losses, measured, strict=True)
                 }
         except BaseException:
             self._stack.go_back()
@@ -183,19 +186,15 @@ class LaneGroup:
             losses.append(self._step(t, inputs, target, drawn, plan))
         return mean_losses(losses, sizes)
 
-    def _result(
-        self, lane: DefaultTraining, train_loss: float, output: Tensor, target: Tensor
-    ) -> dict[str, float] | TrialDiverged:
-        try:
-            metrics = {"train_loss": train_loss}
-            require_finite(metrics)
-            # A loss or metric of the task's own may change what it is given, and the targets are all lanes'.
-            found = output_metrics(lane.task, output, target.clone())
-            metrics |= {f"val_{name}": value for name, value in found.items()}
-            require_finite(metrics)
-        except TrialDiverged as diverged:
-            return diverged
-        return metrics
+
+def _result(train_loss: float, found: Mapping[str, float]) -> dict[str, float] | TrialDiverged:
+    """A lane's epoch, with its metrics on val; or that it diverged."""
+    metrics = {"train_loss": train_loss, **{f"val_{name}": value for name, value in found.items()}}
+    try:
+        require_finite(metrics)
+    except TrialDiverged as diverged:
+        return diverged
+    return metrics
 
 
 def _require_alike(first: DefaultTraining, other: DefaultTraining) -> None:
