@@ -43,7 +43,11 @@ pytest.register_assert_rewrite("tests.contracts")  # else an assertion that fail
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run, and say why."""
+    """Files with long tests first, so that none of several processes begins one when the others are done; and skip what
+    this machine cannot run, and say why."""
+    long = {item.path for item in items if item.get_closest_marker("timeout")}
+    real = {item.path for item in items if item.get_closest_marker("ray") or item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in long, item.path not in real))
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     no_gpu = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")

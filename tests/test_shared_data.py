@@ -211,16 +211,20 @@ def test_data_that_does_more_than_return_is_called_by_every_worker(
 
 
 class KeepsNumbers(Plain):
+    def __init__(self, worker: int) -> None:
+        self.worker = worker
+        self.wide = 1
+
     def data(self) -> Splits:
         self.n_inputs, self.scale, self.wide = 6, 0.1 + 0.2, True
         return super().data()
 
 
 def test_numbers_that_data_keeps_on_the_task_go_with_the_data(tmp_path: Path, calls: list[None]) -> None:
-    for _ in range(2):
-        task = KeepsNumbers()
+    for worker in range(2):
+        task = KeepsNumbers(worker)
         load(task, tmp_path)
-        assert vars(task) == {"n_inputs": 6, "scale": 0.1 + 0.2, "wide": True}
+        assert vars(task) == {"worker": worker, "n_inputs": 6, "scale": 0.1 + 0.2, "wide": True}
         assert type(task.wide) is bool
     assert len(calls) == 1
 

@@ -134,6 +134,7 @@ def _read_and_share(folder: Path, task: Task, read: Callable[[], ReadSplits]) ->
     before, numbers, started = traces(task), _numbers(task), time.perf_counter()
     splits = read()
     seconds = time.perf_counter() - started
+    left = {name: value for name, value in _numbers(task).items() if repr(numbers.get(name)) != repr(value)}
     try:
         why_not = why_not_shared(
             splits,
@@ -141,7 +142,7 @@ def _read_and_share(folder: Path, task: Task, read: Callable[[], ReadSplits]) ->
             left_traces=traces(task) != before or not numbers.keys() <= _numbers(task).keys(),
             free_bytes=shutil.disk_usage(folder).free,
         )
-        note = {"why_not": why_not} if why_not else _write(folder, splits) | {"numbers": _numbers(task)}
+        note = {"why_not": why_not} if why_not else _write(folder, splits) | {"numbers": left}
         _write_note(folder, note)
     except OSError:  # the next worker is the first
         return splits
