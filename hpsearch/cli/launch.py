@@ -22,7 +22,7 @@ from hpsearch.cli.output import counted, json_option, print_json, say
 from hpsearch.cli.refill import refill
 from hpsearch.cli.remote import Order, is_remote, run_there
 from hpsearch.cli.resume import check_new, check_resumed, command_again, earlier_study, nothing_to_do, wait_for_lock
-from hpsearch.cli.run_verbs import counts_line, state_of
+from hpsearch.cli.run_verbs import counts_line
 from hpsearch.cli.spec_verbs import SPACE
 from hpsearch.cli.tracking_uri import remembered_uri, to_remember
 from hpsearch.cli.verdict_text import lr_table, verdict_text
@@ -209,7 +209,7 @@ class Session:
         if earlier.done:
             say(f"{self._run.run_dir} holds this study, done; it goes on where there is more to do")
         elif earlier.trials:
-            say(f"resuming {self._run.run_dir}: {counts_line(state_of(self._run.run_dir))}")
+            say(f"resuming {self._run.run_dir}: {counts_line(earlier)}")
 
         def watch(entries: Sequence[Entry]) -> None:
             new = [entry for entry in entries if entry.seq >= earlier.n_entries]
