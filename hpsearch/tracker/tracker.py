@@ -494,8 +494,7 @@ class TrackerThread:
                 return
             behind = self._report.error is not None
             pause_s = min(self._max_pause_s, 2 * pause_s) if behind else self._interval_s
-            # The workers of this machine need its cores, and MLflow can wait.
-            self._stopping.wait(max(pause_s, min(self._max_pause_s, REST * worked_s)))
+            self._stopping.wait(rest_s(worked_s, least=pause_s, most=self._max_pause_s))
 
     def _attempt(self, state: StudyState) -> SyncReport:
         """What nobody foresaw counts as an outage: most of it passes, and the study has hours to go."""
@@ -515,6 +514,15 @@ class TrackerThread:
         self._warned = True
         catch_up = self._catch_up or _catch_up(self._tracker)
         self._warn(f"MLflow: {error}. The study goes on; send the rest later: {catch_up}")
+
+
+def rest_s(worked_s: float, *, least: float, most: float) -> float:
+    """Seconds until the next batch: the workers of this machine need its cores, and MLflow can wait.
+
+    >>> [rest_s(worked_s, least=0.5, most=60.0) for worked_s in (0.01, 0.5, 20.0)]
+    [0.5, 4.5, 60.0]
+    """
+    return max(least, min(most, REST * worked_s))
 
 
 def _catch_up(tracker: Tracker) -> str:

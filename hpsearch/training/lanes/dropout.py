@@ -144,9 +144,9 @@ class Masks:
                 for call in plan
             ]
             self._keeps = [self._keep(call) for call in plan]
-            drawn_by_shares = self._device.type == "cpu" and bernoulli_compares_shares()
-            self._shares = [_Shares(self._of(call), held) for call, held in zip(plan, self._held, strict=True)]
-            self._shares = self._shares if drawn_by_shares else []
+            self._shares = []
+            if self._device.type == "cpu" and bernoulli_compares_shares():
+                self._shares = [_Shares(self._of(call), held) for call, held in zip(plan, self._held, strict=True)]
         self._next = 0
         for shares in self._shares:
             shares.draw(self._generators)
