@@ -246,8 +246,8 @@ def kill(cluster: Cluster, reference: StudyState) -> Row:
     run = cluster.launch("kill", "--address", "auto", job_s=LONG_JOB_S)
     host, key = hit(cluster, run)
     say(f"{host.address} holds {key}: switched off")
+    at = time.time()  # before: the study may know of it while the last processes end
     host.power_off()
-    at = time.time()
     cluster.drop(host)
     (fresh,) = cluster.join()
     say(f"{fresh.address} has joined")
@@ -272,8 +272,8 @@ def cut(cluster: Cluster, reference: StudyState) -> Row:
     say(
         f"leases: {SHORTEST_FIRST_LEASE_S:.0f} s or more before a job's first sign of life, then {SHORTEST_LEASE_S:.0f}"
     )
-    host.unplug()
     at = time.time()
+    host.unplug()
     run.wait_for(f"{key} given out again", lambda entries: _again_s(entries, key, at) is not None)
     host.plug_in()
     say(f"{key} was given out again; the network is back after {time.time() - at:.0f} s")

@@ -20,6 +20,7 @@ import pytest
 
 from hpsearch import leases
 from hpsearch.errors import ClusterError, JournalError
+from hpsearch.events import Arrived
 from hpsearch.fleets import Launch, watchdog
 from hpsearch.fleets.tune import TuneFleet
 from hpsearch.job import Job, Result, TrainJob
@@ -175,24 +176,29 @@ def events(entries: list[Entry], kind: str, since: float = 0.0) -> list[tuple[fl
 
 
 def test_job_of_a_killed_worker_is_given_out_at_once_and_the_worker_is_back(tmp_path: Path, cluster: Any) -> None:
-    spec = parse_spec(SPACE, overrides=["search.trials=24"])  # work is left when the worker is back
-    launch = dataclasses.replace(launch_of(tmp_path), spec=spec)
+    launch = launch_of(tmp_path)
+    hold = tmp_path / "notes" / HOLD
     held: list[str] = []
+    killed: list[tuple[Arrived, float]] = []
 
-    def kill(run: Run) -> bool:
-        if not run.in_mid_search:
-            return False
-        held.extend(lease.key for lease in run.state.leases.values() if lease.worker == "worker-0")
-        os.kill(run.state.seats["worker-0"].pid, signal.SIGKILL)
-        return True
+    def kill_and_wait(run: Run) -> bool:
+        if not killed and run.in_mid_search:
+            held.extend(lease.key for lease in run.state.leases.values() if lease.worker == "worker-0")
+            killed.append((run.state.seats["worker-0"], time.time()))
+            hold.touch()  # work is left when the worker is back
+            os.kill(killed[0][0].pid, signal.SIGKILL)
+        back = bool(killed) and run.state.seats["worker-0"] != killed[0][0]
+        if back:
+            hold.unlink()
+        return back
 
-    run = Run(launch, cluster)
-    entries = run.go(kill)
+    entries = Run(launch, cluster).go(kill_and_wait)
     assert_right(entries, launch)
-    assert {event.key for _, event in events(entries, "returned", run.done_at)} == set(held)
-    back = next(at for at, _ in events(entries, "arrived", run.done_at))
-    busy = next(at for at, event in events(entries, "leased", back) if event.worker == "worker-0")
-    assert busy - run.done_at < BUSY_AGAIN_S
+    at = killed[0][1]
+    assert {event.key for _, event in events(entries, "returned", at)} == set(held)
+    back = next(when for when, _ in events(entries, "arrived", at))
+    busy = next(when for when, event in events(entries, "leased", back) if event.worker == "worker-0")
+    assert busy - at < BUSY_AGAIN_S
 
 
 class HangingExecutor(SlowExecutor):
@@ -234,17 +240,30 @@ def test_job_of_a_hung_worker_goes_to_another_and_its_process_is_replaced(tmp_pa
         launch_of(tmp_path),
         make_sampler=impatient_sampler,
         make_executor=partial(impatient_executor, notes=tmp_path / "notes"),
-        spec=parse_spec(SPACE, overrides=["search.trials=24"]),
     )
-    run = Run(launch, cluster)
-    entries = run.go(lambda run: (tmp_path / "notes" / "hung").exists())
+    hold, key = tmp_path / "notes" / HOLD, "train/5/0-1"
+    hung: list[Arrived] = []
+
+    def wait_for_help_and_a_new_process(run: Run) -> bool:
+        lease, mark = run.state.leases.get(key), tmp_path / "notes" / "hung"
+        if not hung and mark.exists():
+            hung.extend(seat for seat in run.state.seats.values() if str(seat.pid) == mark.read_text())
+        if hung and lease is not None and lease.worker != hung[0].worker:
+            hold.touch()  # the search goes on until the process is replaced
+        replaced = bool(hung) and run.state.seats[hung[0].worker] != hung[0]
+        if replaced:
+            hold.unlink(missing_ok=True)
+        return replaced
+
+    entries = Run(launch, cluster).go(wait_for_help_and_a_new_process)
     state = assert_right(entries, launch)
     assert state.trials[5].crashes == 0
-    hung, helped = [event.worker for _, event in events(entries, "leased") if event.key == "train/5/0-1"]
-    assert hung != helped
-    (returned,) = [event for _, event in events(entries, "returned") if event.key == "train/5/0-1"]
+    first, then = [event.worker for _, event in events(entries, "leased") if event.key == key]
+    assert first == hung[0].worker
+    assert then != first
+    (returned,) = [event for _, event in events(entries, "returned") if event.key == key]
     assert returned.reason == f"no progress for {LEASE_S:.0f} s"
-    assert [event.worker for _, event in events(entries, "arrived", run.done_at)] == [hung]
+    assert [event.worker for _, event in events(entries, "arrived")].count(first) == 2
 
 
 class FatalExecutor(SlowExecutor):
