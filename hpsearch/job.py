@@ -112,7 +112,7 @@ class CheckJob:
     """Ask the data, or a network of the space, what preflight asks."""
 
     key: str  # "check/network/trial 0"
-    what: Literal["data", "network", "overfit", "step"]
+    what: Literal["data", "network", "overfit", "step", "batch"]
     corner: str  # where in the space, in plain words; "" for the data
     config: Config
     seed: int  # of the network's initial weights
@@ -192,7 +192,9 @@ class Result:
     rebuild   {"best_checkpoint": ref}
     fold      {"n_rows": {"train": int, "val": int}}; `epochs` beside `values` has the curve
     confirm   {"metrics": {…} of the ensemble split, "val": {…}, "epoch": int, "n_rows": int, "row_scores": ref}
-    check     {"checks": [checks.Check as JSON, …]}
+    check     {"checks": [checks.Check as JSON, …]}; of a batch, which is looked at by a person: {"checks": [], "batch":
+              ref, "shape": […], "dtype": "float32", "kind": "pictures" | "rows", "note": str, "n_not_finite": int,
+              "low", "high", "mean", "std": float, "counts": [int, …]}; or "reason" alone where there is none
     baseline  {"metrics": {split: {…}}, "row_scores": {split: ref}}; "unusable" with a message where it makes no sense
     evaluate  {"metrics": {"loss": …, "accuracy": …}, "n_rows": int, "predictions": ref | None,
               "targets": ref | None, "row_scores": ref}

@@ -11,6 +11,7 @@ import pytest
 from hpsearch.errors import DamagedBlob
 from hpsearch.events import Confirmed, Event, Finished, Selected, StageBegan, StageEnded
 from hpsearch.report import figures as module
+from hpsearch.report.batch_figure import BatchPlot
 from hpsearch.report.figures import drawn_from, figures
 from hpsearch.report.plots import BaselineLine
 from hpsearch.spec import parse_spec
@@ -59,6 +60,38 @@ def of_sizes(state: StudyState, *sizes: int) -> StudyState:
     for trial, size in zip(state.trials.values(), sizes, strict=True):
         trial.n_parameters = size
     return state
+
+
+BATCH = "preflight/batch.safetensors"
+
+
+def batch(digest: str = "0f", outcome: str = "done", **values: object) -> Finished:
+    return Finished(
+        key="check/batch/trial 0",
+        worker="w",
+        outcome=outcome,  # type: ignore[arg-type]
+        values={"checks": [], **values},
+        digests={BATCH: digest},
+    )
+
+
+def test_batch_is_drawn_from_what_preflight_kept_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"batch": BATCH, "kind": "rows", "shape": [4, 2], "dtype": "float32", "note": "", "n_not_finite": 0}
+    asked: list[BatchPlot] = []
+    monkeypatch.setattr(module, "batch_figure", lambda plot: asked.append(plot) or b"png")
+    kept = {BATCH: {"received": np.eye(4, 2), "target": np.arange(4)}}
+    state = state_of(batch(**told))
+    assert figures("batch", state, lambda ref: kept[ref]) == {"batch.png": b"png"}
+    assert asked[0].received is kept[BATCH]["received"]
+    assert asked[0].target is kept[BATCH]["target"]
+    assert drawn_from("batch", state) == "0f"
+
+
+@pytest.mark.parametrize("events", [(), (batch(reason="no"),), (batch(outcome="out_of_memory"),)])
+def test_without_a_batch_there_is_nothing_to_draw(events: tuple[Event, ...]) -> None:
+    state = state_of(*events)
+    assert figures("batch", state, arrays) == {}
+    assert drawn_from("batch", state) == ""
 
 
 def test_baselines_are_on_every_figure_with_the_metric_on_an_axis(drawn: Drawn) -> None:

@@ -26,22 +26,14 @@ from hpsearch.report.plots import (
     pareto_figure,
     search_figure,
 )
+from tests.drawn_figures import drawn_by
 
 LRS = [float(lr) for lr in ramp_lrs(1e-5, 10.0, 50)]
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures behind the bytes, so that a test can ask what they show."""
-    figures: list[Figure] = []
-    to_png = plots._png
-
-    def keep(figure: Figure) -> bytes:
-        figures.append(figure)
-        return to_png(figure)
-
-    monkeypatch.setattr(plots, "_png", keep)
-    return figures
+    return drawn_by(plots, monkeypatch)
 
 
 def size_of(png: bytes) -> tuple[int, int]:

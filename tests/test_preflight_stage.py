@@ -11,7 +11,7 @@ import pytest
 
 from hpsearch.checks import NAMES, Check
 from hpsearch.cli import run
-from hpsearch.cli.check import check_lines
+from hpsearch.cli.check import batch_lines, check_lines
 from hpsearch.errors import PreflightError, SpecError, UserCodeError
 from hpsearch.fleets import Launch
 from hpsearch.fleets.local import LocalFleet
@@ -84,6 +84,7 @@ def test_checks_come_before_any_other_job_and_ask_every_corner(tmp_path: Path) -
     asked = [key for key in executor.ran if key.startswith("check/")]
     assert asked[:2] == ["check/network/trial 0", "check/data"]
     assert {"check/overfit/smallest", "check/step/highest lr", "check/step/lowest lr"} <= set(asked)
+    assert asked.count("check/batch/trial 0") == 1
 
 
 def test_failed_check_stops_the_study_before_any_search_job(tmp_path: Path) -> None:
@@ -160,6 +161,13 @@ def test_line_of_a_check_tells_its_verdict_and_a_failure_its_cause() -> None:
     assert lines[5].endswith("Skipped   outputs are numbers")
 
 
+def test_why_there_is_no_figure_of_a_batch_is_told() -> None:
+    state = StudyState()
+    assert batch_lines(state, []) == []
+    state.results["check/batch/trial 0"] = Result(key="", values={"checks": [], "reason": "inputs are complex numbers"})
+    assert batch_lines(state, []) == ["no figure of a batch: inputs are complex numbers"]
+
+
 TASK = """
 import hpsearch, torch
 
@@ -202,11 +210,16 @@ def test_check_verb_finds_a_real_leak_and_passes_the_mended_task(
     assert "one example's output ignores the others" in out
     assert "preflight: {allow: [batch-leak]}" in out
     assert "Nothing was searched." in out
+    plot = "runs/distrusted-check/plots/batch.png"
+    assert f"look at a batch as the model receives it: {plot}\n" in out
+    (project / plot).unlink()
     (project / "task.py").write_text(TASK.replace("CHANGE", ""))
     assert run(["check", "space.yaml", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["failed"], told["study"]) == (0, "distrusted")
     assert {check["code"] for check in told["checks"]} <= set(NAMES)
+    assert told["plots"] == [plot]
+    assert (project / plot).read_bytes().startswith(b"\x89PNG")
 
 
 def test_verdicts_of_check_are_kept_until_something_changes(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

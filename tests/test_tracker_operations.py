@@ -27,7 +27,7 @@ from hpsearch.tracker.operations import (
     epoch_times,
     note_text,
 )
-from tests.tracked_study import START, UID, Script, whole_study
+from tests.tracked_study import START, UID, Script, whole_study, with_batch
 
 MLFLOW_NAME = re.compile(r"[/\w.\- :]+")  # as MLflow 3.17 checks it on POSIX
 
@@ -63,6 +63,16 @@ def test_whole_study_is_told_in_an_order_in_which_each_run_follows_its_parent() 
         "parent/note",
         "parent/status",
     ]
+
+
+def test_figure_of_a_batch_is_due_once_and_again_when_the_batch_is_another() -> None:
+    told = due(with_batch("0f").state())
+    assert list(told)[2:5] == ["parent/data", "parent/batch", "lr-range"]
+    acknowledged = {key: op.revision for key, op in told.items()}
+    assert due(with_batch("0f").state(), acknowledged) == {}
+    operation = due(with_batch("10").state(), acknowledged)["parent/batch"]
+    assert isinstance(operation, UpdateStudy)
+    assert operation.content.plots == "batch"
 
 
 def test_nothing_is_due_before_the_study_is_opened() -> None:

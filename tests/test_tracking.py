@@ -8,9 +8,10 @@ import pytest
 
 from hpsearch.cli import tracking
 from hpsearch.cli.tracking import Keepsakes
+from hpsearch.errors import DamagedBlob
 from hpsearch.events import Finished
 from hpsearch.state import StudyState
-from tests.tracked_study import whole_study
+from tests.tracked_study import whole_study, with_batch
 
 
 @pytest.fixture
@@ -46,3 +47,24 @@ def test_figures_are_drawn_again_at_the_end_where_a_baseline_came_after_them(tmp
     keepsakes.complete(with_baseline())
     assert drawn.count("search") == 2
     assert (tmp_path / "plots/search.png").read_bytes() == b"1 baselines"
+
+
+def test_figure_that_cannot_be_made_is_told_and_keeps_no_other_from_being_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def draw(topic: str, state: StudyState, arrays: object) -> dict[str, bytes]:
+        if topic == "batch":
+            raise DamagedBlob("preflight/batch.safetensors", "it is gone")
+        return {f"{topic}.png": b"png"}
+
+    monkeypatch.setattr(tracking, "figures", draw)
+    packed: list[object] = []
+    monkeypatch.setattr(tracking, "pack", lambda *given: packed.append(given))
+    Keepsakes(tmp_path).complete(with_batch().state())
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
+        "ensemble.png",
+        "lr-range.png",
+        "search.png",
+    ]
+    assert capsys.readouterr().err.startswith("warning[run-dir]: ")
+    assert len(packed) == 1

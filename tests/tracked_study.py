@@ -214,3 +214,12 @@ def small_package(folder: Path, *, members: Sequence[tuple[int, float]] = ((0, 0
         created="2027-01-15T08:00:00+00:00",
         hpsearch_version="0.1.0",
     )
+
+
+def with_batch(digest: str = "0f") -> Script:
+    """A whole study that kept a batch in preflight."""
+    ref = "preflight/batch.safetensors"
+    values = {"checks": [], "batch": ref, "kind": "rows"}
+    return whole_study().add(
+        Finished(key="check/batch/trial 0", worker="w", outcome="done", values=values, digests={ref: digest})
+    )

@@ -15,11 +15,12 @@ from hpsearch.checks import Check
 from hpsearch.cli.launch import check_fleet, make_fleet, make_launch
 from hpsearch.cli.output import json_option, print_json
 from hpsearch.cli.spec_verbs import SPACE
+from hpsearch.cli.tracking import Keepsakes
 from hpsearch.errors import OtherDataError, PreflightError, SpecError
 from hpsearch.fleets import Fleet, Launch
 from hpsearch.journal import FILE_NAME
 from hpsearch.spec import read_spec
-from hpsearch.stages.preflight import checks
+from hpsearch.stages.preflight import checks, kept_batch
 from hpsearch.state import Entry, StudyState
 
 WIDTH = 66  # of the names, dotted to the verdict
@@ -54,7 +55,9 @@ def check(
     check_fleet(where, address, spec)
     run_dir = run_dir or Path("runs") / f"{spec.name}-check"
     run = make_launch(spec, space, run_dir, ("preflight",))
-    found, failure = _asked(run, lambda: make_fleet(run, where, workers, address))
+    state, failure = _asked(run, lambda: make_fleet(run, where, workers, address))
+    found = checks(state)
+    plots = [str(run_dir / "plots" / name) for name in Keepsakes(run_dir).draw("batch", state)]
     counts = {word: sum(each.status == word for each in found) for word in ("passed", "warned", "failed", "skipped")}
     if as_json:
         print_json(
@@ -63,6 +66,7 @@ def check(
                 "run_dir": str(run_dir),
                 **counts,
                 "checks": [each.as_json() for each in found],
+                "plots": plots,
                 "wall_s": round(time.monotonic() - began, 2),
             }
         )
@@ -70,13 +74,15 @@ def check(
         click.echo(f"{'space.yaml is valid'.ljust(WIDTH, '.')}Passed")
         for line in check_lines(found):
             click.echo(line)
+        for line in batch_lines(state, plots):
+            click.echo(line)
         told = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
         click.echo(f"{told} in {time.monotonic() - began:.0f} s. Nothing was searched.")
     if failure is not None:
         click.get_current_context().exit(failure.exit_code)
 
 
-def _asked(run: Launch, fleet: Callable[[], Fleet]) -> tuple[list[Check], PreflightError | None]:
+def _asked(run: Launch, fleet: Callable[[], Fleet]) -> tuple[StudyState, PreflightError | None]:
     """The verdicts. Those of the same code, data and space are in the run directory already, and are not repeated."""
     for attempt in (1, 2):
         state, at_work = StudyState(), fleet()
@@ -90,13 +96,13 @@ def _asked(run: Launch, fleet: Callable[[], Fleet]) -> tuple[list[Check], Prefli
             with contextlib.redirect_stdout(sys.stderr):
                 at_work.run(watch)
         except PreflightError as error:
-            return checks(state), error
+            return state, error
         except (SpecError, OtherDataError):
             if attempt == 2 or not (run.run_dir / FILE_NAME).exists():
                 raise
             shutil.rmtree(run.run_dir)  # verdicts on another space, or on other data
         else:
-            return checks(state), None
+            return state, None
         finally:
             at_work.close()
     raise AssertionError("the second attempt returns or raises")
@@ -117,6 +123,14 @@ def check_lines(found: Sequence[Check]) -> list[str]:
             if check.status == "failed":
                 lines.append(f"  to let it pass: preflight: {{allow: [{check.code}]}}")
     return lines
+
+
+def batch_lines(state: StudyState, plots: Sequence[str]) -> list[str]:
+    """Where to look at a batch, or why there is none to look at."""
+    if plots:
+        return [f"look at a batch as the model receives it: {', '.join(plots)}"]
+    reason = kept_batch(state).get("reason")
+    return [f"no figure of a batch: {reason}"] if reason else []
 
 
 def _without_repeats(found: Sequence[Check]) -> list[Check]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hpsearch.blobs import BlobStore
@@ -21,7 +21,7 @@ from hpsearch.state import StudyState
 from hpsearch.tracker import JournalFollower, SyncReport, Tracker, TrackerThread
 
 CLOSE_S = 600.0  # what a finished study gives MLflow to take the rest; an outage is noticed much sooner
-TOPICS: tuple[Topic, ...] = ("lr-range", "search", "ensemble")
+TOPICS: tuple[Topic, ...] = ("batch", "lr-range", "search", "ensemble")
 
 
 class Keepsakes:
@@ -47,14 +47,22 @@ class Keepsakes:
 
     def complete(self, state: StudyState) -> None:
         """Make what nobody has asked for yet, and draw again what has changed since it was drawn."""
-        try:
-            for topic in TOPICS:
-                if self._drawn.get(topic) != drawn_from(topic, state):
+        for topic in TOPICS:
+            with _told():
+                if drawn_from(topic, state) not in ("", self._drawn.get(topic)):
                     self.draw(topic, state)
+        with _told():
             if state.done and not self._packed:
                 self.pack(state, {})
-        except HpsearchError as error:
-            say(f"warning[run-dir]: {error}")
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What cannot be kept is said, and keeps nothing else from being kept."""
+    try:
+        yield
+    except HpsearchError as error:
+        say(f"warning[run-dir]: {error}")
 
 
 def make_tracker(run_dir: Path, tracking_uri: str | None, keepsakes: Keepsakes | None = None) -> Tracker:

@@ -11,6 +11,7 @@ from hpsearch.errors import HpsearchError
 from hpsearch.events import Selected
 from hpsearch.lr_curve import measure_range, probe_scores, ramp_lrs
 from hpsearch.parsimony import Arrays, AsGood, as_good, front, measured_error, row_scores_of, sized
+from hpsearch.report.batch_figure import batch_figure, batch_plot
 from hpsearch.report.plots import (
     BaselineLine,
     CurvePlot,
@@ -28,23 +29,26 @@ from hpsearch.rungs import rung_epochs
 from hpsearch.sentences import WHAT_BASELINE
 from hpsearch.spec import Spec
 from hpsearch.stages.lr_range import PROBE_STEPS, branch_key, losses_of
+from hpsearch.stages.preflight import kept_batch
 from hpsearch.state import StudyState
 from hpsearch.verdict import measured_metrics
 from hpsearch.winner import winner
 
-Topic = Literal["lr-range", "search", "ensemble"]
+Topic = Literal["batch", "lr-range", "search", "ensemble"]
 
 
 def figures(topic: Topic, state: StudyState, arrays: Arrays | None = None) -> Mapping[str, bytes]:
     """PNG bytes by file name; empty where the study has nothing to show of the topic.
 
     Args:
-        arrays: reads scores of rows, for what they tell of the smallest model that is as good; None where they are not
-            at hand.
+        arrays: reads blobs: the batch itself, and scores of rows, for what they tell of the smallest model that is as
+            good; None where they are not at hand.
     """
     assert state.opened is not None
     spec = Spec.from_dump(dict(state.opened.spec))
     match topic:
+        case "batch":
+            return _batch(state, arrays)
         case "lr-range":
             return _lr_range(state, spec)
         case "search":
@@ -54,11 +58,13 @@ def figures(topic: Topic, state: StudyState, arrays: Arrays | None = None) -> Ma
 
 
 def drawn_from(topic: Topic, state: StudyState) -> str:
-    """What changes when the figures of a topic would show something else.
+    """What changes when the figures of a topic would show something else; "" where there is nothing to draw.
 
     Trials are shown when the search ends; baselines, scores of rows and fresh seeds may come after it.
     """
     match topic:
+        case "batch":
+            return state.digests.get(str(kept_batch(state).get("batch")), "")
         case "lr-range":
             return f"{len(state.ranges)}@{state.range_edits}"
         case "search":
@@ -80,6 +86,13 @@ def drawn_from(topic: Topic, state: StudyState) -> str:
 def load_matplotlib() -> None:
     """Import what draws: half a second, better spent while the study starts."""
     importlib.import_module("matplotlib.figure")
+
+
+def _batch(state: StudyState, arrays: Arrays | None) -> dict[str, bytes]:
+    told = kept_batch(state)
+    if arrays is None or "batch" not in told:
+        return {}
+    return {"batch.png": batch_figure(batch_plot(told, arrays(str(told["batch"]))))}
 
 
 def _lr_range(state: StudyState, spec: Spec) -> dict[str, bytes]:

@@ -136,7 +136,7 @@ def lr_range_figure(branches: Sequence[LrRangePlot], *, loss_name: str = "traini
     for panel, branch in zip(panels, branches, strict=True):
         _draw_branch(panel, branch, loss_name)
     _shared_legend(figure, panels)
-    return _png(figure)
+    return png(figure)
 
 
 def learning_curves_figure(
@@ -220,7 +220,7 @@ def learning_curves_figure(
         panel.set_xlabel("epoch")
     panel.set_title("Learning curves", loc="left")
     _shared_legend(figure, [panel])
-    return _png(figure)
+    return png(figure)
 
 
 def ensemble_figure(
@@ -278,7 +278,7 @@ def ensemble_figure(
     panel.set_ylabel(f"{metric}\n(lower is better)")
     panel.set_title(f"Greedy selection on the {split}", loc="left")
     _shared_legend(figure, [panel])
-    return _png(figure)
+    return png(figure)
 
 
 def search_figure(
@@ -315,7 +315,7 @@ def search_figure(
         _fit_y(panel, values, metric if i % 3 == 0 else "", goal, note=i == 0)
         _draw_baselines(panel, baselines, goal, note=i == 0)
     _shared_legend(figure, panels)
-    return _png(figure)
+    return png(figure)
 
 
 def pareto_figure(
@@ -383,7 +383,7 @@ def pareto_figure(
     panel.set_xlabel("parameters (log scale)")
     panel.set_title("Score against size", loc="left")
     _shared_legend(figure, [panel])
-    return _png(figure)
+    return png(figure)
 
 
 def _draw_branch(panel: Axes, branch: LrRangePlot, loss_name: str) -> None:
@@ -685,7 +685,8 @@ def _short(text: str, length: int = 14) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The figure as a file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

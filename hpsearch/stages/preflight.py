@@ -17,6 +17,7 @@ from hpsearch.state import StudyState
 from hpsearch.triage import parted
 
 TRIAL_0 = "trial 0"
+BATCH_KEY = f"check/batch/{TRIAL_0}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,7 @@ def check_jobs(settings: PreflightSettings) -> list[CheckJob]:
             seed=settings.first_seed,
         ),
         CheckJob(key="check/data", what="data", corner="", config={}, seed=settings.first_seed),
+        CheckJob(key=BATCH_KEY, what="batch", corner=TRIAL_0, config=settings.first, seed=settings.first_seed),
     ]
     for corner, config in settings.corners.items():
         kinds = ("overfit", "step") if corner in ("smallest", "largest") else ("step",)
@@ -84,7 +86,7 @@ def check_jobs(settings: PreflightSettings) -> list[CheckJob]:
             CheckJob(key=f"check/{kind}/{corner}", what=kind, corner=corner, config=config, seed=settings.first_seed)  # type: ignore[arg-type]
             for kind in kinds
         ]
-    return sorted(jobs, key=lambda job: ("network", "data", "overfit", "step").index(job.what))
+    return sorted(jobs, key=lambda job: ("network", "data", "overfit", "step", "batch").index(job.what))
 
 
 def checks(state: StudyState) -> list[Check]:
@@ -98,6 +100,12 @@ def checks(state: StudyState) -> list[Check]:
                 if result.outcome not in ("done", "crashed"):  # twice, the second time with nothing beside it
                     found.append(_could_not_be_asked(key, result.message))
     return found
+
+
+def kept_batch(state: StudyState) -> Mapping[str, object]:
+    """What is known of a batch as trial 0 receives it (`job.Result`); empty where none was kept."""
+    result = state.results.get(BATCH_KEY)
+    return result.values if result is not None and result.outcome == "done" else {}
 
 
 def _could_not_be_asked(key: str, message: str) -> Check:

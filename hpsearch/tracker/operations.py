@@ -10,6 +10,7 @@ acknowledged that revision of that key, so the same function serves a launch tha
     parent/best        the best objective so far, stepped by the epochs trained in the whole study
     lr-range           child run: learning rates worth searching, with their curves
     trial/17           child run of a trial, sent once it is final
+    parent/batch       the figure of a batch as the model receives it
     parent/search      plots of the search, once more when there is more to draw: baselines, scores of rows
     ensemble/64        child run of the ensemble chosen among 64 trials, and its registered version; one that is chosen
                        again, after more epochs or by other settings, is another run and another version
@@ -37,7 +38,7 @@ from hpsearch.events import Selected, to_json
 from hpsearch.job import Config, EpochMetrics
 from hpsearch.notes import Note
 from hpsearch.number_text import number
-from hpsearch.report.figures import drawn_from
+from hpsearch.report.figures import Topic, drawn_from
 from hpsearch.sentences import baseline_lines, ensemble_line, fold_words, gain_line, own_config_lines, seed_words
 from hpsearch.space_diagnosis import findings
 from hpsearch.state import StudyState
@@ -46,8 +47,7 @@ from hpsearch.verdict import baselines, measured_metrics, space_remarks
 from hpsearch.winner import winner
 
 RunStatus = Literal["RUNNING", "FINISHED", "KILLED", "FAILED"]
-Topic = Literal["lr-range", "search", "ensemble"]
-"""What a plot is about."""
+
 
 STATUS_OF_TRIAL: Mapping[TrialState, RunStatus] = {
     TrialState.COMPLETE: "FINISHED",
@@ -199,6 +199,9 @@ def _all(
 ) -> Iterator[Operation]:
     yield from _study(state)
     yield from _data(state)
+    batch = drawn_from("batch", state)
+    if batch:
+        yield UpdateStudy(key="parent/batch", revision=batch, content=Content(plots="batch"))
     if "lr_range" in state.ended_stages and state.ranges:
         yield _lr_range(state)
     for trial in list(state.trials.values()):  # the study may draw another meanwhile

@@ -21,6 +21,7 @@ from hpsearch.errors import HpsearchError, JournalError, TrackerError
 from hpsearch.journal import JournalTail
 from hpsearch.notes import FILE_NAME as NOTES_FILE
 from hpsearch.notes import Note, read_notes
+from hpsearch.report.figures import Topic
 from hpsearch.state import StudyState
 from hpsearch.tracker.mlflow_writer import (
     MlflowWriter,
@@ -38,7 +39,6 @@ from hpsearch.tracker.operations import (
     OpenStudy,
     Operation,
     SetStatus,
-    Topic,
     UpdateStudy,
     due_operations,
 )

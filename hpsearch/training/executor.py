@@ -479,6 +479,10 @@ class TorchExecutor:
         return self._sign * row.metrics[self._metric]
 
     def _check(self, job: CheckJob) -> Result:
+        if job.what == "batch":
+            from hpsearch.training.checks.batch import run_batch
+
+            return run_batch(job, self._task, self._data, device=self._device, shuffle=self._shuffle)
         from hpsearch.training.checks import run_check
 
         found = run_check(

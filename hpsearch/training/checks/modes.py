@@ -60,7 +60,7 @@ def check_modes(
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return check("skipped", reason="the loop runs on several GPUs together")
-    training = OwnTraining(task, _few_rows(data, config), config, trial=0, seed=seed, device=device)
+    training = OwnTraining(task, few_rows(data, config), config, trial=0, seed=seed, device=device)
     if not depends_on_mode(training.model, inputs):
         return check("passed", found="the output is the same in both modes")
     try:
@@ -124,7 +124,8 @@ def depends_on_mode(model: nn.Module, inputs: Tensor) -> bool:
     return not torch.allclose(evaluated, trained, rtol=1e-3, atol=1e-5)
 
 
-def _few_rows(data: StudyData, config: Config) -> StudyData:
+def few_rows(data: StudyData, config: Config) -> StudyData:
+    """Train and val, cut short: some batches of each."""
     batch_size = config.get("batch_size")
     batch = batch_size if isinstance(batch_size, int) else 0
     rows = {"train": max(TRAIN_ROWS, BATCHES * batch), "val": max(VAL_ROWS, batch)}

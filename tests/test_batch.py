@@ -1,0 +1,229 @@
+"""A batch as the model receives it: the very numbers that training gives it, kept small, with the figures of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from hpsearch.errors import UserCodeError
+from hpsearch.job import CheckJob
+from hpsearch.task import Report, Splits, Task, Trial
+from hpsearch.training.checks import batch as module
+from hpsearch.training.checks.batch import Batch, received_batch, run_batch, shown, small
+from hpsearch.training.data import StudyData
+from hpsearch.training.loop import DefaultTraining
+from tests.networks import classes, mlp, task
+
+CPU = torch.device("cpu")
+CONFIG = {"batch_size": 24, "lr": 0.01}
+
+
+class Noisy(Dataset[Any]):
+    """Draws from the global generators, as torchvision's transforms do."""
+
+    def __init__(self, n: int, seed: int) -> None:
+        self.x, self.y = classes(n, seed)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.x[i] + torch.randn(12) + np.random.rand(), self.y[i]  # noqa: NPY002 - it is the global state
+
+
+def noisy(n: int, seed: int) -> Noisy:
+    return Noisy(n, seed)
+
+
+def shaken(self: Task, x: Tensor, generator: torch.Generator) -> Tensor:
+    return x + torch.randn(x.shape, generator=generator)
+
+
+def made(rows: Callable[..., Any] = classes, **members: Any) -> tuple[Task, StudyData]:
+    own = task(mlp, rows, **members)
+    return own, StudyData.load(own, study_seed=0, cut_ensemble=True, device=CPU)
+
+
+def received(own: Task, data: StudyData, shuffle: bool = True) -> Batch:
+    return received_batch(own, data, CONFIG, seed=7, device=CPU, shuffle=shuffle)
+
+
+# What the model is given
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("augment", [{}, {"augment": shaken}], ids=["as given", "augmented"])
+@pytest.mark.parametrize("rows", [classes, noisy], ids=["tensors", "random Dataset"])
+def test_it_is_to_the_bit_what_trial_0_is_trained_on_first(
+    rows: Callable[..., Any], augment: dict[str, Any], shuffle: bool
+) -> None:
+    own, data = made(rows, **augment)
+    batch = received(own, data, shuffle)
+    training = DefaultTraining(own, data, CONFIG, trial=0, seed=7, device=CPU, shuffle=shuffle)
+    given: list[Tensor] = []
+    training.model.register_forward_pre_hook(lambda model, arguments: given.append(arguments[0].clone()))
+    training.train_epoch()
+    assert batch.inputs is not None
+    assert torch.equal(batch.inputs, given[0])
+    assert len(batch.inputs) == 24
+
+
+def test_before_augment_the_examples_are_the_same_and_in_the_same_order() -> None:
+    own, data = made(augment=lambda self, x, generator: x * 2 + 1)
+    batch = received(own, data)
+    assert batch.inputs is not None
+    assert batch.before is not None
+    assert torch.equal(batch.inputs, batch.before * 2 + 1)
+    assert torch.equal(data.held("train").take(data.train_order(seed=7, epoch=1)[:24]).x, batch.before)
+
+
+def test_random_state_of_the_process_is_left_alone() -> None:
+    own, data = made(noisy, augment=shaken)
+    before = torch.get_rng_state()
+    received(own, data)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_augment_that_raises_is_the_users_own_error() -> None:
+    def broken(self: Task, x: Tensor, generator: torch.Generator) -> Tensor:
+        raise ValueError("no such axis")
+
+    own, data = made(augment=broken)
+    with pytest.raises(UserCodeError, match="no such axis"):
+        received(own, data)
+
+
+def looped(prepare: Callable[[Tensor], Tensor], call: Callable[[nn.Module, Tensor], Tensor]) -> Callable[..., Any]:
+    """A loop that looks at val first, without gradients, as many do."""
+
+    def fit(self: Task, model: nn.Module, config: Any, splits: Splits, trial: Trial) -> Iterator[Report]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        x, y = splits.train
+        while True:
+            with torch.no_grad():
+                val = F.cross_entropy(call(model.eval(), prepare(splits.val[0])), splits.val[1])
+            model.train()
+            optimizer.zero_grad()
+            F.cross_entropy(call(model, prepare(x[:16])), y[:16]).backward()
+            optimizer.step()
+            yield Report({"val_loss": float(val)})
+
+    return fit
+
+
+@pytest.mark.parametrize("call", [lambda m, x: m(x), lambda m, x: m(input=x)], ids=["by place", "by name"])
+def test_of_a_loop_of_ones_own_it_is_what_the_model_is_first_called_with_in_training(call: Any) -> None:
+    own, data = made(fit=looped(lambda x: x * 100, call))
+    batch = received(own, data)
+    assert batch.inputs is not None
+    assert torch.equal(batch.inputs, data.held("train").take(torch.arange(16)).x * 100)
+    assert batch.target is None
+
+
+def test_loop_that_never_calls_the_whole_model_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def parts(model: nn.Module, x: Tensor) -> Tensor:
+        for part in model.children():
+            x = part(x)
+        return x
+
+    own, data = made(fit=looped(lambda x: x, parts))
+    assert received(own, data).reason == "fit() does not call the model as a whole"
+    monkeypatch.setattr(module, "LIMIT_S", -1.0)
+    assert received(own, data).reason == "fit() did not call the model as a whole in -1 s"
+
+
+def test_loop_that_raises_on_few_rows_is_told_and_stops_nothing() -> None:
+    def fit(self: Task, model: nn.Module, config: Any, splits: Splits, trial: Trial) -> Iterator[Report]:
+        raise ValueError("too few")
+        yield
+
+    own, data = made(fit=fit)
+    assert received(own, data).reason == "fit() does not run on a few rows: ValueError: too few"
+
+
+# What is kept of it
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "kept", "note"),
+    [
+        ((32,), "rows", (16, 1), ""),
+        ((4, 12), "rows", (4, 12), ""),
+        ((32, 700), "rows", (16, 512), "the first 512 of 700"),
+        ((32, 28, 28), "pictures", (16, 28, 28), ""),
+        ((32, 1, 28, 28), "pictures", (16, 28, 28), ""),
+        ((32, 3, 20, 30), "pictures", (16, 20, 30, 3), ""),
+        ((32, 20, 30, 3), "pictures", (16, 20, 30, 3), ""),
+        ((32, 4, 20, 30), "pictures", (16, 20, 30, 3), ""),
+        ((32, 9, 20, 30), "pictures", (16, 20, 30), "index 4 of 9 along axis 1"),
+        ((8, 1, 10, 20, 30), "pictures", (8, 20, 30), "index 5 of 10 along axis 2"),
+        ((8, 10, 3, 20, 30), "pictures", (8, 20, 30, 3), "index 5 of 10 along axis 1"),
+        ((8, 5, 6, 7, 8), "pictures", (8, 7, 8), "index 2 of 5 along axis 1; index 3 of 6 along axis 1"),
+        ((2, 3, 300, 100), "pictures", (2, 128, 100, 3), "averaged down from 300 × 100"),
+    ],
+)
+def test_examples_of_any_shape_become_pictures_or_rows(
+    shape: tuple[int, ...], kind: str, kept: tuple[int, ...], note: str
+) -> None:
+    found = small(torch.rand(shape))
+    assert (found[0], tuple(found[1].shape), found[2]) == (kind, kept, note)
+
+
+def test_numbers_of_things_are_thinned_out_never_averaged() -> None:
+    _, pictures, note = small(torch.tensor([7, 900]).repeat(1, 200, 100))
+    assert note == "thinned out from 200 × 200"
+    assert set(pictures.unique().tolist()) <= {7, 900}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.bool, torch.int64])
+def test_every_dtype_can_be_kept(dtype: torch.dtype) -> None:
+    inputs = torch.randint(0, 2, (8, 5)).to(dtype)
+    kept = shown(Batch(inputs=inputs))
+    assert kept.told["dtype"] == str(dtype).removeprefix("torch.")
+    assert torch.equal(kept.tensors["received"].double(), inputs.double())
+
+
+def test_figures_are_those_of_the_whole_batch_and_leave_out_what_is_not_finite() -> None:
+    inputs = torch.zeros(100, 4)
+    inputs[90] = torch.tensor([1.0, 3.0, float("nan"), float("inf")])
+    told = shown(Batch(inputs=inputs)).told
+    assert (told["shape"], told["n_not_finite"], told["low"], told["high"]) == ([100, 4], 2, 0.0, 3.0)
+    assert told["mean"] == pytest.approx(4 / 398)
+    assert sum(told["counts"]) == 398  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e308, 0.0])
+def test_batch_of_one_value_is_told_without_a_warning(value: float) -> None:
+    told = shown(
+        Batch(inputs=torch.full((4, 3), value, dtype=torch.float64).index_fill(0, torch.tensor(0), -value))
+    ).told
+    assert ("low" in told) == (value == value)
+
+
+def test_complex_inputs_have_no_figure_and_the_reason_is_told() -> None:
+    assert shown(Batch(inputs=torch.zeros(2, 3, dtype=torch.complex64))).told == {
+        "reason": "inputs are complex numbers"
+    }
+
+
+def test_job_keeps_the_batch_beside_its_figures_and_finds_no_fault() -> None:
+    own, data = made(augment=shaken)
+    job = CheckJob(key="check/batch/trial 0", what="batch", corner="trial 0", config=dict(CONFIG), seed=7)
+    result = run_batch(job, own, data, device=CPU, shuffle=True)
+    assert result.values["checks"] == []
+    (content,) = (result.blobs[str(result.values["batch"])],)
+    kept = load(content)
+    batch = received(own, data)
+    assert batch.inputs is not None
+    assert batch.target is not None
+    assert torch.equal(kept["received"], batch.inputs[:16])
+    assert torch.equal(kept["target"], batch.target[:16])
+    assert set(kept) == {"received", "before", "target"}
