@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -402,6 +403,46 @@ def test_fault_planted_in_the_manifest_is_found(ray_job: dict[str, Any], path: t
     place[path[-1]] = value
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(broken, RAY_JOB)
+
+
+def pod_templates(ray_job: Mapping[str, Any]) -> list[dict[str, Any]]:
+    cluster = ray_job["spec"]["rayClusterSpec"]
+    return [group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+
+
+def validate_as_kubernetes_does(kind: str, **document: object) -> None:
+    """By the schemas of Kubernetes' own API, in which a field that is not known is a fault."""
+    document = {"apiVersion": "v1", "kind": kind, "metadata": {"name": "x"}, **document}
+    kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_pods_and_volume_are_valid_by_the_schemas_of_kubernetes(
+    documents: dict[str, dict[str, Any]], ray_job: dict[str, Any]
+) -> None:
+    validate_as_kubernetes_does(**documents["PersistentVolumeClaim"])
+    templates = pod_templates(ray_job)
+    assert len(templates) == 2
+    for template in templates:
+        validate_as_kubernetes_does("PodTemplate", template=template)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("spec", "containers", 0, "imagePullpolicy"), "Always"),
+        (("spec", "containers", 0, "resources", "limits"), ["cpu"]),
+        (("spec", "containers", 0, "volumeMounts", 0, "path"), "/x"),
+        (("spec", "securityContext", "fsGroup"), "1000"),
+    ],
+)
+def test_fault_planted_in_a_pod_is_found(ray_job: dict[str, Any], path: tuple[Any, ...], value: object) -> None:
+    template = copy.deepcopy(pod_templates(ray_job)[0])
+    place: Any = template
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(kubernetes_validate.ValidationError):
+        validate_as_kubernetes_does("PodTemplate", template=template)
 
 
 def crd_faults(manifest: object, schema: Mapping[str, Any], path: str = "") -> list[str]:
