@@ -6,9 +6,9 @@ import copy
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -189,6 +189,7 @@ def test_every_host_asks_for_the_token_and_the_dashboard_stays_on_loopback(local
 
 
 SBATCH = DOCS / "slurm.sbatch"
+SHELL = [SBATCH, ROOT / ".ci/run", *(p for p in sorted((ROOT / "scripts").iterdir()) if p.suffix != ".py")]
 
 
 def test_batch_script_is_bash() -> None:
@@ -196,9 +197,10 @@ def test_batch_script_is_bash() -> None:
     assert (checked.returncode, checked.stderr) == (0, "")
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-def test_batch_script_pleases_shellcheck() -> None:
-    checked = subprocess.run(["shellcheck", str(SBATCH)], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("script", SHELL, ids=lambda path: path.name)
+def test_shell_script_pleases_shellcheck(script: Path) -> None:
+    command = [str(Path(sys.executable).with_name("shellcheck")), str(script)]
+    checked = subprocess.run(command, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout
 
 
