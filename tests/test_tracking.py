@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from pathlib import Path
+from textwrap import dedent
+from types import SimpleNamespace
 
 import pytest
 
 from hpsearch.cli import tracking
-from hpsearch.cli.tracking import Keepsakes
+from hpsearch.cli.tracking import Keepsakes, Tracking
 from hpsearch.errors import DamagedBlob
 from hpsearch.events import Finished
 from hpsearch.state import StudyState
+from hpsearch.tracker import SyncReport
+from tests.tasks import blobs
 from tests.tracked_study import whole_study, with_batch
 
 
@@ -68,3 +75,100 @@ def test_figure_that_cannot_be_made_is_told_and_keeps_no_other_from_being_kept(
     ]
     assert capsys.readouterr().err.startswith("warning[run-dir]: ")
     assert len(packed) == 1
+
+
+class Recorded:
+    """In place of the thread that tells MLflow."""
+
+    def __init__(self, *given: object, **named: object) -> None:
+        self.said: list[str] = []
+
+    def start(self) -> None:
+        self.said.append("start")
+
+    def close(self, timeout_s: float) -> SyncReport:
+        self.said.append("close")
+        return SyncReport(tracking_uri="")
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Tracking, list[str]]:
+    monkeypatch.setattr(tracking, "TrackerThread", Recorded)
+    launch = SimpleNamespace(run_dir=tmp_path)
+    made = Tracking(launch, "sqlite:///" + str(tmp_path / "mlflow.db"))  # type: ignore[arg-type]
+    return made, made._thread.said  # type: ignore[attr-defined]
+
+
+def test_mlflow_is_told_when_the_time_has_come_and_once(told: tuple[Tracking, list[str]]) -> None:
+    made, said = told
+    made.start(after_s=0.05)
+    made.start()
+    assert said == []
+    deadline = time.monotonic() + 10
+    while not said and time.monotonic() < deadline:
+        time.sleep(0.01)
+    made.close(StudyState())
+    assert said == ["start", "close"]
+
+
+def test_study_that_ends_before_that_is_told_at_its_end(told: tuple[Tracking, list[str]]) -> None:
+    made, said = told
+    made.start(after_s=60.0)
+    made.close(StudyState())
+    assert said == ["start", "close"]
+
+
+SPACE = """
+name: quiet
+task: task.py:Blobs
+preflight: {enabled: false}
+search: {trials: 2}
+parameters:
+  lr: {distribution: log_uniform, min: 1e-3, max: 1e-1}
+early_stopping: {min_epochs: 1, max_epochs: 2}
+ensemble: {pool: 2, size: 1}
+"""
+
+
+MODEL = """
+def model(self, config):
+    if "lr" in config:  # of a trial
+        self.act()
+    return torch.nn.Linear(4, 3)
+"""
+
+
+def local_launch(folder: Path, methods: str, before: str = "") -> None:
+    (folder / "task.py").write_text(blobs(MODEL + dedent(methods), imports="import pathlib, sys, time"))
+    (folder / "space.yaml").write_text(SPACE)
+    words = ["launch", "space.yaml", "--fleet", "local", "--tracking-uri", "sqlite:///mlflow.db"]
+    code = f"import sys\nfrom hpsearch.cli import run, tracking\n{before}\nsys.exit(run({words}))"
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.mark.slow
+def test_mlflow_is_not_imported_while_workers_begin(tmp_path: Path) -> None:
+    note = """
+    def act(self):
+        time.sleep(0.5)  # that it would take to notice them
+        with open("imported", "a") as file:
+            print(sorted({"mlflow", "matplotlib"} & set(sys.modules)), file=file)
+    """
+    local_launch(tmp_path, note)
+    assert (tmp_path / "imported").read_text().splitlines()[:2] == ["[]", "[]"]
+    assert (tmp_path / "mlflow.db").exists()
+
+
+@pytest.mark.slow
+def test_mlflow_is_told_while_the_search_runs(tmp_path: Path) -> None:
+    wait = """
+    def act(self):
+        if '"finished"' not in pathlib.Path("runs/quiet/journal.jsonl").read_text():
+            return  # the worker has only begun
+        deadline = time.monotonic() + 60
+        while not pathlib.Path("mlflow.db").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        pathlib.Path("told").write_text(str(pathlib.Path("mlflow.db").exists()))
+    """
+    local_launch(tmp_path, wait, "tracking.Tracking.start.__defaults__ = (0.0,)")
+    assert (tmp_path / "told").read_text() == "True"

@@ -27,6 +27,7 @@ from hpsearch.cli.spec_verbs import SPACE
 from hpsearch.cli.tracking_uri import remembered_uri, to_remember
 from hpsearch.cli.verdict_text import lr_table, verdict_text
 from hpsearch.errors import NoUsableTrial, UsageError
+from hpsearch.events import Arrived, DataSeen, Ended, StageBegan
 from hpsearch.fleets import Fleet, Launch
 from hpsearch.forecast import ConfirmForecast, FoldForecast, forecast
 from hpsearch.rungs import rung_epochs
@@ -213,11 +214,11 @@ class Session:
 
         def watch(entries: Sequence[Entry]) -> None:
             new = [entry for entry in entries if entry.seq >= earlier.n_entries]
-            if any(entry.event.type in ("arrived", "data-seen") for entry in new):
-                self._tracking.start()  # not before there are workers: to import MLflow would keep Ray from starting
+            if any(isinstance(entry.event, Arrived | DataSeen) for entry in new):
+                self._tracking.start()  # workers begin first; MLflow would take their cores
             for entry in entries:
                 self.state.apply(entry.event, entry.time)
-            if not self._start_s and any(entry.event.type in ("stage-began", "ended") for entry in new):
+            if not self._start_s and any(isinstance(entry.event, StageBegan | Ended) for entry in new):
                 self._start_s = self.wall_s
             display.show(new)
 
@@ -245,7 +246,6 @@ class Session:
         say(f"{self._run.run_dir} holds this study, done; nothing is left to train")
         self.state = earlier_study(self._run.run_dir)
         began = time.monotonic()
-        self._tracking.start()
         self.report = self._tracking.close(self.state)
         self.mlflow = self.report.as_json()
         self._tracking_s = time.monotonic() - began

@@ -20,6 +20,7 @@ from hpsearch.report.figures import Topic, drawn_from, figures, load_matplotlib
 from hpsearch.state import StudyState
 from hpsearch.tracker import JournalFollower, SyncReport, Tracker, TrackerThread
 
+AFTER_S = 8.0  # from the first worker's arrival: MLflow and matplotlib take three seconds of a core to import
 CLOSE_S = 600.0  # what a finished study gives MLflow to take the rest; an outage is noticed much sooner
 TOPICS: tuple[Topic, ...] = ("batch", "lr-range", "search", "ensemble")
 
@@ -76,23 +77,34 @@ class Tracking:
 
     def __init__(self, run: Launch, tracking_uri: str | None) -> None:
         self._keepsakes = Keepsakes(run.run_dir)
-        self._began = False
+        self._timer: threading.Timer | None = None
+        self._at_work = False
+        self._lock = threading.Lock()
         self._thread = TrackerThread(
             make_tracker(run.run_dir, tracking_uri, self._keepsakes),
             JournalFollower(run.run_dir),
             warn=lambda text: say(f"warning[mlflow]: {text.removeprefix('MLflow: ')}"),
         )
 
-    def start(self) -> None:
-        """Tell MLflow from now on what the journal tells. Saying so twice is saying it once."""
-        if not self._began:
-            self._began = True
-            self._thread.start()
-            threading.Thread(target=load_matplotlib, daemon=True).start()
+    def start(self, after_s: float = AFTER_S) -> None:
+        """Tell MLflow what the journal tells, from some seconds from now on. Only the first call of it counts."""
+        if self._timer is None:
+            self._timer = threading.Timer(after_s, self._go)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _go(self) -> None:
+        with self._lock:
+            if not self._at_work:
+                self._at_work = True
+                self._thread.start()
+                threading.Thread(target=load_matplotlib, daemon=True).start()
 
     def close(self, state: StudyState, timeout_s: float = CLOSE_S) -> SyncReport:
         """Send the rest, and keep the figures and the package in the run directory."""
-        self.start()  # of a study that could not begin, too, MLflow may lack something
+        if self._timer is not None:
+            self._timer.cancel()
+        self._go()  # of a study that could not begin, too, MLflow may lack something
         report = self._thread.close(timeout_s)
         if state.opened is not None:
             self._keepsakes.complete(state)
