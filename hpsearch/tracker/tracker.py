@@ -459,9 +459,8 @@ class TrackerThread:
 
     def _run(self) -> None:
         try:
-            self._report = self._attempt(self._latest())  # makes the database, while the workers start
-            # Not before: a slow import would keep the interpreter from the thread that starts them.
             _step_back()
+            self._report = self._attempt(self._latest())  # makes the database
             self._follow()
         except JournalError as problem:
             self._fail(problem.message)
