@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import secrets
+import signal
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,10 @@ os.environ.update(
     NO_COLOR="1",  # whole messages are compared
     COLUMNS="200",  # and must not be wrapped
 )
+
+# A shell that runs tests in the background has them ignore Ctrl-C, and so would all that they start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Properties get the same examples every time, so a red build is red again; a cold import is no reason to fail.
 settings.register_profile("hpsearch", deadline=None, derandomize=True, print_blob=True)

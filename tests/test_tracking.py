@@ -147,28 +147,27 @@ def local_launch(folder: Path, methods: str, before: str = "") -> None:
 
 
 @pytest.mark.slow
-def test_mlflow_is_not_imported_while_workers_begin(tmp_path: Path) -> None:
+def test_mlflow_is_told_while_the_search_runs_and_not_imported_while_workers_begin(tmp_path: Path) -> None:
     note = """
-    def act(self):
-        time.sleep(0.5)  # that it would take to notice them
-        with open("imported", "a") as file:
-            print(sorted({"mlflow", "matplotlib"} & set(sys.modules)), file=file)
-    """
-    local_launch(tmp_path, note)
-    assert (tmp_path / "imported").read_text().splitlines()[:2] == ["[]", "[]"]
-    assert (tmp_path / "mlflow.db").exists()
-
-
-@pytest.mark.slow
-def test_mlflow_is_told_while_the_search_runs(tmp_path: Path) -> None:
-    wait = """
     def act(self):
         if '"finished"' not in pathlib.Path("runs/quiet/journal.jsonl").read_text():
             return  # the worker has only begun
+        with open("imported", "a") as file:
+            print(sorted({"mlflow", "matplotlib"} & set(sys.modules)), file=file)
         deadline = time.monotonic() + 60
         while not pathlib.Path("mlflow.db").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         pathlib.Path("told").write_text(str(pathlib.Path("mlflow.db").exists()))
     """
-    local_launch(tmp_path, wait, "tracking.Tracking.start.__defaults__ = (0.0,)")
+    local_launch(tmp_path, note, "tracking.Tracking.start.__defaults__ = (2.0,)")
+    assert (tmp_path / "imported").read_text().splitlines()[0] == "[]"
     assert (tmp_path / "told").read_text() == "True"
+
+
+def test_workers_have_seconds_to_begin_in(told: tuple[Tracking, list[str]]) -> None:
+    made, said = told
+    made.start()
+    assert made._timer is not None
+    assert made._timer.interval >= 5
+    made.close(StudyState())
+    assert said == ["start", "close"]
