@@ -200,7 +200,25 @@ def test_figures_are_those_of_the_whole_batch_and_leave_out_what_is_not_finite()
     assert sum(told["counts"]) == 398  # type: ignore[call-overload]
 
 
-@pytest.mark.parametrize("value", [float("nan"), 1e308, 0.0])
+def test_figures_do_not_depend_on_the_parts_in_which_a_batch_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = torch.randn(50, 3, 7, dtype=torch.float64)
+    inputs[3, 1, 2] = float("nan")
+    whole = shown(Batch(inputs=inputs)).told
+    monkeypatch.setattr(module, "PART", 64)
+    parts = shown(Batch(inputs=inputs)).told
+    numbers = inputs[torch.isfinite(inputs)].numpy()
+    assert (parts["low"], parts["high"], parts["counts"]) == (whole["low"], whole["high"], whole["counts"])
+    assert parts["counts"] == np.histogram(numbers, bins=module.BINS)[0].tolist()
+    assert parts["mean"] == pytest.approx(numbers.mean())
+    assert parts["std"] == pytest.approx(numbers.std())
+
+
+def test_numbers_too_close_to_tell_apart_have_no_histogram() -> None:
+    told = shown(Batch(inputs=torch.tensor([[1.0, 1.0 + 2**-52]], dtype=torch.float64))).told
+    assert (told["low"], told["high"], "counts" in told) == (1.0, 1.0 + 2**-52, False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e308, 0.0, 1e-320])
 def test_batch_of_one_value_is_told_without_a_warning(value: float) -> None:
     told = shown(
         Batch(inputs=torch.full((4, 3), value, dtype=torch.float64).index_fill(0, torch.tensor(0), -value))

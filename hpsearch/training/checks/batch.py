@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ EXAMPLES = 16  # of the batch, that are shown
 SIDE = 128  # of a picture, in pixels at most
 NUMBERS = 512  # of an example that is no picture
 BINS = 48  # of the histogram
+PART = 1 << 22  # numbers that are looked at together
 LIMIT_S = 20.0  # for a loop of the user's own to call its model
 
 CHANNELS = (1, 3, 4)  # of what is taken for a picture
@@ -162,20 +164,38 @@ def _smaller(x: Tensor, size: tuple[int, int]) -> tuple[Tensor, str]:
     return x[..., rows, :][..., columns], "thinned out"
 
 
+@np.errstate(over="ignore", invalid="ignore")  # sums of numbers near the end of the floats are left out
 def _figures(inputs: Tensor) -> dict[str, object]:
     """What is told of all numbers of a batch; those that are not finite are counted, and left out of the rest."""
-    numbers = inputs.detach().double().reshape(-1).numpy()
-    finite = numbers[np.isfinite(numbers)]
-    told: dict[str, object] = {"n_not_finite": len(numbers) - len(finite)}
-    if len(finite):
-        with np.errstate(over="ignore", invalid="ignore"):
-            mean, deviation = float(finite.mean()), float(finite.std())
-        low, high = float(finite.min()), float(finite.max())
-        told |= {"low": low, "high": high}
-        if np.isfinite([mean, deviation, high - low]).all():
-            counts, _ = np.histogram(finite, bins=BINS, range=(low, high))
-            told |= {"mean": mean, "std": deviation, "counts": counts.tolist()}
+    n, low, high, total = 0, np.inf, -np.inf, 0.0
+    for numbers in _finite_parts(inputs):
+        n += len(numbers)
+        low, high = min(low, float(numbers.min())), max(high, float(numbers.max()))
+        total += float(numbers.sum())
+    told: dict[str, object] = {"n_not_finite": inputs.numel() - n}
+    if not n:
+        return told
+    told |= {"low": low, "high": high}
+    mean = total / n
+    apart = np.spacing(max(abs(low), abs(high))) * BINS
+    if not np.isfinite([mean, high - low]).all() or 0 < high - low < apart:
+        return told
+    squares, counts = 0.0, np.zeros(BINS, dtype=np.int64)
+    for numbers in _finite_parts(inputs):
+        squares += float(((numbers - mean) ** 2).sum())
+        counts += np.histogram(numbers, bins=BINS, range=(low, high))[0]
+    if np.isfinite(squares):
+        told |= {"mean": mean, "std": float(np.sqrt(squares / n)), "counts": counts.tolist()}
     return told
+
+
+def _finite_parts(inputs: Tensor) -> Iterator[NDArray[np.float64]]:
+    """All finite numbers as float64, in parts: a batch of pictures would take gigabytes."""
+    for part in inputs.detach().reshape(-1).split(PART):
+        numbers = part.double().numpy()
+        finite = numbers[np.isfinite(numbers)]
+        if len(finite):
+            yield finite
 
 
 class _Seen(BaseException):
