@@ -43,7 +43,7 @@ from tests.tasks import blobs
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB_S = 1.0  # that each training job takes at least, so that a fault finds one under way
-LONG_JOB_S = 3.0  # the same where a node joins, which takes ten seconds and more on a busy machine: work is left for it
+HOLD = "/tmp/hold"  # while a host has this file, its jobs do not end
 FRESH_S = 0.4  # age of a lease, when its node is hit: the job is in its middle
 WARM_TRIALS = 4  # with a first result before the fault comes
 RUN_S = 300.0  # that a launch may take
@@ -60,9 +60,12 @@ TASK = blobs(
     """
     def model(self, config):
         time.sleep(float(os.environ.get("JOB_S", 0)) if "lr" in config else 0)
+        while os.path.exists(HOLD):
+            time.sleep(0.05)
         return network(config["width"])
     """,
-    imports="import os, time\nfrom layers import network  # beside this file: the whole folder has to reach the nodes",
+    # `layers` lies beside this file: the whole folder has to reach the nodes.
+    imports=f"import os, time\nHOLD = {HOLD!r}\nfrom layers import network",
 )
 
 SPACE = """
@@ -243,9 +246,12 @@ def single(run: Run) -> tuple[StudyState, Row]:
 
 def kill(cluster: Cluster, reference: StudyState) -> Row:
     """A node is switched off while it holds a job, and another one joins."""
-    run = cluster.launch("kill", "--address", "auto", job_s=LONG_JOB_S)
+    run = cluster.launch("kill", "--address", "auto")
     host, key = hit(cluster, run)
     say(f"{host.address} holds {key}: switched off")
+    others = [cluster.head, *(other for other in cluster.others if other is not host)]
+    for other in others:
+        other.write(HOLD, "")  # to join takes ten seconds and more on a busy machine: work is left for who does
     at = time.time()  # before: the study may know of it while the last processes end
     host.power_off()
     cluster.drop(host)
@@ -254,6 +260,8 @@ def kill(cluster: Cluster, reference: StudyState) -> Row:
     run.wait_for(
         f"a job on {fresh.address}", lambda entries: bool(_leases_on(entries, cluster.node_ids[fresh.address]))
     )
+    for other in others:
+        other.check("rm", HOLD)
     entries, wall_s = run.end()
     n_jobs = len(_leases_on(entries, cluster.node_ids[fresh.address]))
     what = f"three nodes, one switched off, another one did {n_jobs} jobs"

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load
+from safetensors.numpy import load as load_arrays
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from hpsearch.errors import UserCodeError
 from hpsearch.job import CheckJob
+from hpsearch.report.batch_figure import batch_figure, batch_plot
 from hpsearch.task import Report, Splits, Task, Trial
 from hpsearch.training.checks import batch as module
 from hpsearch.training.checks.batch import Batch, received_batch, run_batch, shown, small
@@ -135,9 +137,59 @@ def test_loop_that_never_calls_the_whole_model_is_told(monkeypatch: pytest.Monke
         return x
 
     own, data = made(fit=looped(lambda x: x, parts))
-    assert received(own, data).reason == "fit() does not call the model as a whole"
+    assert received(own, data).reason == "fit() does not train the model as a whole"
     monkeypatch.setattr(module, "LIMIT_S", -1.0)
-    assert received(own, data).reason == "fit() did not call the model as a whole in -1 s"
+    assert received(own, data).reason == "fit() did not train the model as a whole in -1 s"
+
+
+def test_model_that_is_only_evaluated_as_a_whole_has_no_batch() -> None:
+    def parts_in_training(model: nn.Module, x: Tensor) -> Tensor:
+        return nn.Sequential(*model.children())(x) if model.training else model(x * 1000)
+
+    own, data = made(fit=looped(lambda x: x, parts_in_training))
+    batch = received(own, data)
+    assert (batch.inputs, batch.reason) == (None, "fit() does not train the model as a whole")
+
+
+@pytest.mark.parametrize("limit_s", [20.0, -1.0])
+def test_no_hook_is_left_on_modules_that_the_model_shares_with_others(
+    limit_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LIMIT_S", limit_s)
+    shared = mlp()
+    own, data = made(fit=looped(lambda x: x, lambda m, x: m(x)), model=lambda self, config: shared)
+    received(own, data)
+    assert not any(part._forward_pre_hooks for part in shared.modules())
+    shared(torch.zeros(2, 12))
+
+
+@pytest.mark.parametrize(
+    "odd", [Tensor.to_sparse, lambda x: torch.zeros(len(x), 0, 3), lambda x: x.to(torch.complex64)]
+)
+def test_inputs_that_cannot_be_looked_at_are_told_and_stop_nothing(odd: Callable[[Tensor], Tensor]) -> None:
+    own, data = made(fit=looped(odd, lambda m, x: m(x)))
+    job = CheckJob(key="check/batch/trial 0", what="batch", corner="trial 0", config=dict(CONFIG), seed=7)
+    result = run_batch(job, own, data, device=CPU, shuffle=True)
+    assert (result.outcome, result.blobs, set(result.values)) == ("done", {}, {"checks", "reason"})
+
+
+class Private(Noisy):
+    """Draws from a generator of its own, so that no example is read twice alike."""
+
+    def __init__(self, n: int, seed: int) -> None:
+        super().__init__(n, seed)
+        self.rng = np.random.default_rng(seed)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.x[i] + float(self.rng.normal()), self.y[i]
+
+
+def test_before_augment_is_what_augment_was_given() -> None:
+    own, data = made(lambda n, seed: Private(n, seed), augment=lambda self, x, generator: x.mul_(2))
+    batch = received(own, data)
+    assert batch.inputs is not None
+    assert batch.before is not None
+    assert torch.equal(batch.inputs, batch.before * 2)
 
 
 def test_loop_that_raises_on_few_rows_is_told_and_stops_nothing() -> None:
@@ -162,7 +214,7 @@ def test_loop_that_raises_on_few_rows_is_told_and_stops_nothing() -> None:
         ((32, 1, 28, 28), "pictures", (16, 28, 28), ""),
         ((32, 3, 20, 30), "pictures", (16, 20, 30, 3), ""),
         ((32, 20, 30, 3), "pictures", (16, 20, 30, 3), ""),
-        ((32, 4, 20, 30), "pictures", (16, 20, 30, 3), ""),
+        ((32, 4, 20, 30), "pictures", (16, 20, 30, 3), "the first 3 of 4 channels"),
         ((32, 9, 20, 30), "pictures", (16, 20, 30), "index 4 of 9 along axis 1"),
         ((8, 1, 10, 20, 30), "pictures", (8, 20, 30), "index 5 of 10 along axis 2"),
         ((8, 10, 3, 20, 30), "pictures", (8, 20, 30, 3), "index 5 of 10 along axis 1"),
@@ -183,12 +235,26 @@ def test_numbers_of_things_are_thinned_out_never_averaged() -> None:
     assert set(pictures.unique().tolist()) <= {7, 900}
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.bool, torch.int64])
-def test_every_dtype_can_be_kept(dtype: torch.dtype) -> None:
+DTYPES = [
+    torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.uint8, torch.bool, torch.int64,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_can_be_kept_and_drawn(dtype: torch.dtype) -> None:
     inputs = torch.randint(0, 2, (8, 5)).to(dtype)
-    kept = shown(Batch(inputs=inputs))
+    kept = shown(Batch(inputs=inputs, target=inputs[:, 0]))
     assert kept.told["dtype"] == str(dtype).removeprefix("torch.")
-    assert torch.equal(kept.tensors["received"].double(), inputs.double())
+    arrays = load_arrays(save(dict(kept.tensors)))
+    assert np.array_equal(arrays["received"].astype(float), inputs.double().numpy())
+    assert batch_figure(batch_plot(kept.told, arrays)).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("value", [0.0, 1e16, 1e300, float(2**52), -7.5])
+def test_constant_batch_has_no_histogram_and_can_be_drawn(value: float) -> None:
+    kept = shown(Batch(inputs=torch.full((4, 3), value, dtype=torch.float64)))
+    assert (kept.told["low"], kept.told["high"], "counts" in kept.told) == (value, value, False)
+    assert batch_figure(batch_plot(kept.told, load_arrays(save(dict(kept.tensors))))).startswith(b"\x89PNG")
 
 
 def test_figures_are_those_of_the_whole_batch_and_leave_out_what_is_not_finite() -> None:

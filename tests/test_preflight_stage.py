@@ -18,6 +18,7 @@ from hpsearch.fleets.local import LocalFleet
 from hpsearch.job import CheckJob, Job, Result
 from hpsearch.journal import read_journal
 from hpsearch.spec import parse_spec
+from hpsearch.stages import preflight
 from hpsearch.stages.preflight import checks
 from hpsearch.state import Entry, StudyState
 from tests import fakes
@@ -115,6 +116,19 @@ def test_allowed_failure_lets_the_study_go_on_also_when_it_failed_before(tmp_pat
     state = launch(tmp_path, executor, "preflight.allow=[batch-leak]")
     assert state.done
     assert not any(key.startswith("check/") for key in executor.ran[before:])  # kept, not repeated
+
+
+def test_study_of_a_version_without_the_batch_goes_on_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as earlier:
+        ask = preflight.check_jobs
+        earlier.setattr(preflight, "check_jobs", lambda given: [job for job in ask(given) if job.what != "batch"])
+        launch(tmp_path, Asked())
+    executor = Asked()
+    assert launch(tmp_path, executor, "search.trials=5").done
+    assert executor.ran
+    assert not any(key.startswith("check/") for key in executor.ran)
 
 
 def test_verdicts_are_asked_anew_when_the_code_has_changed(tmp_path: Path) -> None:

@@ -56,12 +56,13 @@ def test_figures_are_drawn_again_at_the_end_where_a_baseline_came_after_them(tmp
     assert (tmp_path / "plots/search.png").read_bytes() == b"1 baselines"
 
 
+@pytest.mark.parametrize("error", [DamagedBlob("preflight/batch.safetensors", "it is gone"), KeyError("BF16")])
 def test_figure_that_cannot_be_made_is_told_and_keeps_no_other_from_being_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
     def draw(topic: str, state: StudyState, arrays: object) -> dict[str, bytes]:
         if topic == "batch":
-            raise DamagedBlob("preflight/batch.safetensors", "it is gone")
+            raise error
         return {f"{topic}.png": b"png"}
 
     monkeypatch.setattr(tracking, "figures", draw)
@@ -87,7 +88,7 @@ class Recorded:
         self.said.append("start")
 
     def close(self, timeout_s: float) -> SyncReport:
-        self.said.append("close")
+        self.said.append(f"close within {timeout_s:g} s")
         return SyncReport(tracking_uri="")
 
 
@@ -107,15 +108,22 @@ def test_mlflow_is_told_when_the_time_has_come_and_once(told: tuple[Tracking, li
     deadline = time.monotonic() + 10
     while not said and time.monotonic() < deadline:
         time.sleep(0.01)
-    made.close(StudyState())
-    assert said == ["start", "close"]
+    made.close(StudyState(), timeout_s=5.0)
+    assert said == ["start", "close within 5 s"]
 
 
 def test_study_that_ends_before_that_is_told_at_its_end(told: tuple[Tracking, list[str]]) -> None:
     made, said = told
     made.start(after_s=60.0)
-    made.close(StudyState())
-    assert said == ["start", "close"]
+    made.close(StudyState(), timeout_s=5.0)
+    assert said == ["close within 30 s"]  # MLflow is to be imported yet
+
+
+def test_timer_that_comes_too_late_begins_nothing(told: tuple[Tracking, list[str]]) -> None:
+    made, said = told
+    made.close(StudyState(), timeout_s=5.0)
+    made._go()
+    assert said == ["close within 30 s"]
 
 
 SPACE = """
@@ -130,6 +138,11 @@ ensemble: {pool: 2, size: 1}
 """
 
 
+BEFORE = """
+from hpsearch.tracker import tracker
+tracking.Tracking.start.__defaults__ = (2.0,)
+tracker._step_back = lambda: None  # beside other tests it would not get far
+"""
 MODEL = """
 def model(self, config):
     if "lr" in config:  # of a trial
@@ -159,15 +172,14 @@ def test_mlflow_is_told_while_the_search_runs_and_not_imported_while_workers_beg
             time.sleep(0.1)
         pathlib.Path("told").write_text(str(pathlib.Path("mlflow.db").exists()))
     """
-    local_launch(tmp_path, note, "tracking.Tracking.start.__defaults__ = (2.0,)")
+    local_launch(tmp_path, note, BEFORE)
     assert (tmp_path / "imported").read_text().splitlines()[0] == "[]"
     assert (tmp_path / "told").read_text() == "True"
 
 
 def test_workers_have_seconds_to_begin_in(told: tuple[Tracking, list[str]]) -> None:
-    made, said = told
+    made, _ = told
     made.start()
     assert made._timer is not None
     assert made._timer.interval >= 5
     made.close(StudyState())
-    assert said == ["start", "close"]

@@ -141,6 +141,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_study_on_groups_outlives_an_exception_and_a_killed_process_on_one_rank(cluster: Any, tmp_path: Path) -> None:
     task, mark, run_dir = tmp_path / "task", tmp_path / "killed", tmp_path / "run"
     task.mkdir()

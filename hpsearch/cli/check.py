@@ -57,7 +57,7 @@ def check(
     run = make_launch(spec, space, run_dir, ("preflight",))
     state, failure = _asked(run, lambda: make_fleet(run, where, workers, address))
     found = checks(state)
-    plots = [str(run_dir / "plots" / name) for name in Keepsakes(run_dir).draw("batch", state)]
+    plots = [str(run_dir / "plots" / name) for name in Keepsakes(run_dir).try_to_draw("batch", state)]
     counts = {word: sum(each.status == word for each in found) for word in ("passed", "warned", "failed", "skipped")}
     if as_json:
         print_json(

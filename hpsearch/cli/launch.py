@@ -27,7 +27,7 @@ from hpsearch.cli.spec_verbs import SPACE
 from hpsearch.cli.tracking_uri import remembered_uri, to_remember
 from hpsearch.cli.verdict_text import lr_table, verdict_text
 from hpsearch.errors import NoUsableTrial, UsageError
-from hpsearch.events import Arrived, DataSeen, Ended, StageBegan
+from hpsearch.events import Arrived, Ended, Leased, StageBegan
 from hpsearch.fleets import Fleet, Launch
 from hpsearch.forecast import ConfirmForecast, FoldForecast, forecast
 from hpsearch.rungs import rung_epochs
@@ -214,7 +214,7 @@ class Session:
 
         def watch(entries: Sequence[Entry]) -> None:
             new = [entry for entry in entries if entry.seq >= earlier.n_entries]
-            if any(isinstance(entry.event, Arrived | DataSeen) for entry in new):
+            if any(isinstance(entry.event, Arrived | Leased) for entry in new):
                 self._tracking.start()  # workers begin first; MLflow would take their cores
             for entry in entries:
                 self.state.apply(entry.event, entry.time)

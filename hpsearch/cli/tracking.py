@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from hpsearch.blobs import BlobStore
@@ -21,6 +21,7 @@ from hpsearch.state import StudyState
 from hpsearch.tracker import JournalFollower, SyncReport, Tracker, TrackerThread
 
 AFTER_S = 8.0  # from the first worker's arrival: MLflow and matplotlib take three seconds of a core to import
+IMPORT_S = 30.0  # that it may take on a busy machine
 CLOSE_S = 600.0  # what a finished study gives MLflow to take the rest; an outage is noticed much sooner
 TOPICS: tuple[Topic, ...] = ("batch", "lr-range", "search", "ensemble")
 
@@ -49,21 +50,23 @@ class Keepsakes:
     def complete(self, state: StudyState) -> None:
         """Make what nobody has asked for yet, and draw again what has changed since it was drawn."""
         for topic in TOPICS:
-            with _told():
-                if drawn_from(topic, state) not in ("", self._drawn.get(topic)):
-                    self.draw(topic, state)
-        with _told():
+            if drawn_from(topic, state) not in ("", self._drawn.get(topic)):
+                self.try_to_draw(topic, state)
+        try:
             if state.done and not self._packed:
                 self.pack(state, {})
+        except HpsearchError as error:
+            say(f"warning[run-dir]: {error}")
 
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """What cannot be kept is said, and keeps nothing else from being kept."""
-    try:
-        yield
-    except HpsearchError as error:
-        say(f"warning[run-dir]: {error}")
+    def try_to_draw(self, topic: Topic, state: StudyState) -> Mapping[str, bytes]:
+        """As `draw`; a figure that cannot be made is told, and costs nothing else."""
+        try:
+            return self.draw(topic, state)
+        except HpsearchError as error:
+            say(f"warning[run-dir]: {error}")
+        except Exception as error:
+            say(f"warning[run-dir]: the {topic} figure could not be drawn: {type(error).__name__}: {error}")
+        return {}
 
 
 def make_tracker(run_dir: Path, tracking_uri: str | None, keepsakes: Keepsakes | None = None) -> Tracker:
@@ -78,7 +81,7 @@ class Tracking:
     def __init__(self, run: Launch, tracking_uri: str | None) -> None:
         self._keepsakes = Keepsakes(run.run_dir)
         self._timer: threading.Timer | None = None
-        self._at_work = False
+        self._at_work = self._over = False
         self._lock = threading.Lock()
         self._thread = TrackerThread(
             make_tracker(run.run_dir, tracking_uri, self._keepsakes),
@@ -95,17 +98,21 @@ class Tracking:
 
     def _go(self) -> None:
         with self._lock:
-            if not self._at_work:
+            if not self._over:
                 self._at_work = True
                 self._thread.start()
                 threading.Thread(target=load_matplotlib, daemon=True).start()
 
     def close(self, state: StudyState, timeout_s: float = CLOSE_S) -> SyncReport:
-        """Send the rest, and keep the figures and the package in the run directory."""
+        """Send the rest, and keep the figures and the package in the run directory.
+
+        A study that could not begin may owe MLflow something too, which then has to be imported first.
+        """
         if self._timer is not None:
             self._timer.cancel()
-        self._go()  # of a study that could not begin, too, MLflow may lack something
-        report = self._thread.close(timeout_s)
+        with self._lock:
+            self._over = True
+        report = self._thread.close(timeout_s if self._at_work else max(timeout_s, IMPORT_S))
         if state.opened is not None:
             self._keepsakes.complete(state)
         return report

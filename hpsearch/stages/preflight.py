@@ -39,6 +39,8 @@ class Preflight:
         self._settings = settings
         self._state = state
         self._jobs = check_jobs(settings)
+        if self.name in state.ended_stages and f"check/network/{TRIAL_0}" in state.results:
+            self._jobs = [job for job in self._jobs if job.what != "batch"]  # kept by an earlier version
 
     def apply(self, event: Event) -> None:
         """Nothing is kept here: the study's state has the results."""

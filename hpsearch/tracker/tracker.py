@@ -443,13 +443,16 @@ class TrackerThread:
         return self._report
 
     def start(self) -> TrackerThread:
-        """Begin; MLflow is imported at once."""
+        """Begin, in the background of all else on this machine; MLflow is imported at once."""
         self._thread.start()
         return self
 
     def close(self, timeout_s: float = 60.0) -> SyncReport:
-        """Send what is left, and end. After `timeout_s` the rest is left to `hpsearch sync`."""
+        """Send what is left, and end; all there is, where it has not begun. After `timeout_s` the rest is left to
+        `hpsearch sync`."""
         self._stopping.set()
+        if self._thread.ident is None:
+            self._thread.start()
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             error = f"MLflow had not taken everything after {timeout_s:g} s"
@@ -459,7 +462,8 @@ class TrackerThread:
 
     def _run(self) -> None:
         try:
-            _step_back()
+            if not self._stopping.is_set():  # at the end somebody waits for it
+                _step_back()
             self._report = self._attempt(self._latest())  # makes the database
             self._follow()
         except JournalError as problem:

@@ -28,6 +28,7 @@ from hpsearch.training.data import StudyData, epoch_seed
 from hpsearch.training.loop import augmentation, read_settings
 from hpsearch.training.own_loop import OwnTraining
 from hpsearch.training.seeding import seeded
+from hpsearch.training.user_code import is_out_of_memory
 
 EXAMPLES = 16  # of the batch, that are shown
 SIDE = 128  # of a picture, in pixels at most
@@ -66,7 +67,14 @@ def run_batch(job: CheckJob, task: Task, data: StudyData, *, device: torch.devic
     Raises:
         UserCodeError: as `received_batch`.
     """
-    found = shown(received_batch(task, data, job.config, seed=job.seed, device=device, shuffle=shuffle))
+    try:
+        found = shown(received_batch(task, data, job.config, seed=job.seed, device=device, shuffle=shuffle))
+    except UserCodeError:
+        raise
+    except Exception as error:  # inputs that nobody foresaw: a figure is not worth a launch
+        if is_out_of_memory(error):
+            raise
+        found = Shown(told={"reason": f"the inputs cannot be looked at ({type(error).__name__})"})
     if not found.tensors:
         return Result(key=job.key, values={"checks": [], **found.told})
     return Result(
@@ -86,15 +94,19 @@ def received_batch(
         return _of_own_loop(task, data, config, seed=seed, device=device)
     batch_size = read_settings(config, n_train=data.n_rows("train")).batch_size
 
-    def first(augment: Callable[[Tensor, torch.Generator], Tensor] | None) -> tuple[Tensor, Tensor]:
-        with seeded(epoch_seed(seed, 1, "train"), device):  # as in training: a Dataset may draw from global state
-            batches = data.train_batches(batch_size=batch_size, seed=seed, epoch=1, shuffle=shuffle, augment=augment)
-            return next(iter(batches))
+    augment, before = augmentation(task), list[Tensor]()
 
-    augment = augmentation(task)
-    inputs, target = first(augment)
-    before = None if augment is None else first(None)[0].cpu()
-    return Batch(inputs=inputs.detach().cpu(), before=before, target=target.cpu())
+    def watched(x: Tensor, generator: torch.Generator) -> Tensor:
+        assert augment is not None
+        before.append(x.detach().cpu().clone())  # now: it may be changed in place
+        return augment(x, generator)
+
+    with seeded(epoch_seed(seed, 1, "train"), device):  # as in training: a Dataset may draw from global state
+        batches = data.train_batches(
+            batch_size=batch_size, seed=seed, epoch=1, shuffle=shuffle, augment=None if augment is None else watched
+        )
+        inputs, target = next(iter(batches))
+    return Batch(inputs=inputs.detach().cpu(), before=before[0] if before else None, target=target.cpu())
 
 
 def shown(batch: Batch) -> Shown:
@@ -103,6 +115,8 @@ def shown(batch: Batch) -> Shown:
         return Shown(told={"reason": batch.reason})
     if batch.inputs.is_complex():
         return Shown(told={"reason": "inputs are complex numbers"})
+    if not batch.inputs.numel():
+        return Shown(told={"reason": "inputs have no numbers"})
     kind, received, note = small(batch.inputs)
     tensors = {"received": received}
     if batch.before is not None:
@@ -110,7 +124,7 @@ def shown(batch: Batch) -> Shown:
         if before[0] == kind:
             tensors["before"] = before[1]
     if batch.target is not None and batch.target[0].numel() <= SIDE:
-        tensors["target"] = batch.target[:EXAMPLES].contiguous().clone()
+        tensors["target"] = _plain(batch.target[:EXAMPLES]).contiguous().clone()
     told = {
         "shape": list(batch.inputs.shape),
         "dtype": str(batch.inputs.dtype).removeprefix("torch."),
@@ -128,9 +142,7 @@ def small(inputs: Tensor) -> tuple[Literal["pictures", "rows"], Tensor, str]:
     >>> kind, tuple(pictures.shape), note
     ('pictures', (16, 128, 128, 3), 'averaged down from 256 × 256')
     """
-    x = inputs[:EXAMPLES].detach()
-    x = x.to(torch.uint8) if x.dtype == torch.bool else x
-    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    x = _plain(inputs[:EXAMPLES].detach())
     if x.ndim <= 2:
         rows = x.reshape(len(x), -1)
         n = rows.shape[1]
@@ -152,8 +164,17 @@ def small(inputs: Tensor) -> tuple[Literal["pictures", "rows"], Tensor, str]:
         size = min(height, SIDE), min(width, SIDE)
         x, how = _smaller(x, size)
         notes.append(f"{how} from {height} × {width}")
+    if x.shape[1] == 4:
+        notes.append("the first 3 of 4 channels")
     pictures = x[:, :3].movedim(1, -1) if x.shape[1] >= 3 else x[:, 0]
     return "pictures", pictures.contiguous().clone(), "; ".join(notes)
+
+
+def _plain(x: Tensor) -> Tensor:
+    """In a type that numpy has too."""
+    if x.is_floating_point():
+        return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return x.to(torch.uint8) if x.dtype == torch.bool else x
 
 
 def _smaller(x: Tensor, size: tuple[int, int]) -> tuple[Tensor, str]:
@@ -178,8 +199,8 @@ def _figures(inputs: Tensor) -> dict[str, object]:
     told |= {"low": low, "high": high}
     mean = total / n
     apart = np.spacing(max(abs(low), abs(high))) * BINS
-    if not np.isfinite([mean, high - low]).all() or 0 < high - low < apart:
-        return told
+    if not np.isfinite([mean, high - low]).all() or high - low <= apart:
+        return told  # nothing that a histogram could show
     squares, counts = 0.0, np.zeros(BINS, dtype=np.int64)
     for numbers in _finite_parts(inputs):
         squares += float(((numbers - mean) ** 2).sum())
@@ -214,33 +235,31 @@ def _of_own_loop(task: Task, data: StudyData, config: Config, *, seed: int, devi
 
     def hook(is_whole: bool) -> Callable[..., None]:
         def watch(module: nn.Module, arguments: Any, keywords: Any) -> None:
+            if is_whole and module.training and torch.is_grad_enabled():
+                calls.extend(found.detach().cpu().clone() for found in list(_tensors([arguments, keywords]))[:1])
+                raise _Seen
             if time.monotonic() > end:
                 raise _TooLong
-            found = next(_tensors([arguments, keywords]), None) if is_whole else None
-            if found is not None:
-                trains = module.training and torch.is_grad_enabled()
-                if trains or not calls:
-                    calls.append(found.detach().cpu().clone())
-                if trains:
-                    raise _Seen
 
         return watch
 
-    for name, module in training.model.named_modules():  # by name: `fit` may train a copy
-        module.register_forward_pre_hook(hook(name == ""), with_kwargs=True)
-    reason = "fit() does not call the model as a whole"
+    modules = training.model.named_modules()  # by name: `fit` may train a copy
+    hooks = [module.register_forward_pre_hook(hook(name == ""), with_kwargs=True) for name, module in modules]
+    reason = "fit() does not train the model as a whole"
     try:
         training.train_epoch()
     except _Seen:
-        pass
+        reason = "fit() calls the model with something else than tensors"
     except _TooLong:
-        reason = f"fit() did not call the model as a whole in {LIMIT_S:.0f} s"
+        reason = f"fit() did not train the model as a whole in {LIMIT_S:.0f} s"
     except (TrialDiverged, UserCodeError) as error:
         reason = f"fit() does not run on a few rows: {error.message}"
     finally:
+        for each in hooks:  # parts of it may be another model's too
+            each.remove()
         with suppress(UserCodeError):
             training.close()
-    return Batch(inputs=calls[-1]) if calls else Batch(reason=reason)
+    return Batch(inputs=calls[0]) if calls else Batch(reason=reason)
 
 
 def _tensors(given: Any) -> Iterator[Tensor]:

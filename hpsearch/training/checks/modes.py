@@ -150,8 +150,11 @@ def _watched(training: OwnTraining) -> set[Call]:
 
         return note
 
-    for name, module in training.model.named_modules():
-        module.register_forward_pre_hook(hook(name))
-    for _ in range(EPOCHS):
-        training.train_epoch()
+    hooks = [module.register_forward_pre_hook(hook(name)) for name, module in training.model.named_modules()]
+    try:
+        for _ in range(EPOCHS):
+            training.train_epoch()
+    finally:
+        for each in hooks:  # parts of it may be another model's too
+            each.remove()
     return calls
