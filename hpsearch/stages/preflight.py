@@ -39,8 +39,6 @@ class Preflight:
         self._settings = settings
         self._state = state
         self._jobs = check_jobs(settings)
-        if self.name in state.ended_stages and f"check/network/{TRIAL_0}" in state.results:
-            self._jobs = [job for job in self._jobs if job.what != "batch"]  # kept by an earlier version
 
     def apply(self, event: Event) -> None:
         """Nothing is kept here: the study's state has the results."""
@@ -49,14 +47,18 @@ class Preflight:
         """A check lives in no worker's memory."""
 
     def next_job(self, worker: str) -> Job | None:
-        known, leased = self._state.results, self._state.leases
-        return next((job for job in self._jobs if job.key not in known and job.key not in leased), None)
+        return next((job for job in self._jobs if self._due(job) and job.key not in self._state.leases), None)
+
+    def _due(self, job: CheckJob) -> bool:
+        if job.what == "batch" and self.name in self._state.ended_stages:
+            return False  # of a study that an earlier version began: a figure alone is not worth another preflight
+        return job.key not in self._state.results
 
     def conclude(self) -> list[Event]:
         return []
 
     def finished(self) -> bool:
-        return all(job.key in self._state.results for job in self._jobs)
+        return not any(self._due(job) for job in self._jobs)
 
     def failure(self) -> HpsearchError | None:
         """Why the study must not go on: the user's code raised, or a check failed that is not allowed to."""
