@@ -249,12 +249,12 @@ def kill(cluster: Cluster, reference: StudyState) -> Row:
     run = cluster.launch("kill", "--address", "auto")
     host, key = hit(cluster, run)
     say(f"{host.address} holds {key}: switched off")
-    others = [cluster.head, *(other for other in cluster.others if other is not host)]
-    for other in others:
-        other.write(HOLD, "")  # to join takes ten seconds and more on a busy machine: work is left for who does
     at = time.time()  # before: the study may know of it while the last processes end
     host.power_off()
     cluster.drop(host)
+    others = [cluster.head, *cluster.others]
+    for other in others:
+        other.write(HOLD, "")  # to join takes ten seconds and more on a busy machine: work is left for who does
     (fresh,) = cluster.join()
     say(f"{fresh.address} has joined")
     run.wait_for(
